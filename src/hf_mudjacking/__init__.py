@@ -1,0 +1,44 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Repair a backdoored foundation model after one bug report."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+# Public names and the modules they live in; imported on first use, so that `import hf_mudjacking` costs nothing.
+_EXPORTS = {
+    "BugInstance": "bug_instance",
+    "Encoder": "encoder",
+    "InvertedTrigger": "inversion",
+    "MudjackingConfig": "config",
+    "MudjackingTrainer": "trainer",
+    "PatchTrigger": "triggers",
+    "Trigger": "triggers",
+    "encode": "encoder",
+    "invert_trigger": "inversion",
+    "load_trigger": "triggers",
+}
+
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+if TYPE_CHECKING:
+    from .bug_instance import BugInstance
+    from .config import MudjackingConfig
+    from .encoder import Encoder, encode
+    from .inversion import InvertedTrigger, invert_trigger
+    from .trainer import MudjackingTrainer
+    from .triggers import PatchTrigger, Trigger, load_trigger
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,78 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""What an attack returns, and the check that every attack must pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import nn
+
+from ..encoder import Encoder
+from ..evaluation.classifiers import train_classifier
+from ..evaluation.metrics import AttackSuccessRate, CleanAccuracy
+from ..evaluation.tasks import LabelledInputs
+from ..triggers import Trigger
+
+
+class ImplantError(RuntimeError):
+    """The backdoor did not take; experiments on such a model would prove nothing."""
+
+
+@dataclass(frozen=True)
+class Implant:
+    """A backdoored encoder that passed its check.
+
+    Args:
+        model (`torch.nn.Module`): The backdoored encoder.
+        trigger (`Trigger`): Its true trigger.
+        target_reference (`PIL.Image.Image`): The attacker's image of the target class.
+        clean_accuracy (`float`): CA of the clean encoder in the check, 0 to 1.
+        backdoored_accuracy (`float`): BA of the backdoored encoder, 0 to 1.
+        attack_success_rate (`float`): ASR of the backdoored encoder, 0 to 1.
+    """
+
+    model: nn.Module
+    trigger: Trigger
+    target_reference: Image.Image
+    clean_accuracy: float
+    backdoored_accuracy: float
+    attack_success_rate: float
+
+
+def check_implant(
+    clean: Encoder,
+    backdoored: Encoder,
+    trigger: Trigger,
+    target_reference: Image.Image,
+    check_inputs: LabelledInputs,
+    *,
+    min_asr: float,
+    max_accuracy_loss: float,
+    disable_tqdm: bool = False,
+) -> Implant:
+    """Measure an implant with a logistic regression on half of the labelled inputs; the other half is tested.
+
+    Raises:
+        ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
+    """
+    half = len(check_inputs) // 2
+    train, test = check_inputs.select(range(half)), check_inputs.select(range(half, len(check_inputs)))
+    accuracies, classifier = [], None
+    for encoder in (clean, backdoored):
+        features = encoder.encode(check_inputs.inputs, disable_tqdm=disable_tqdm, desc="Checking the implant")
+        classifier = train_classifier(features[:half], train.labels)
+        predictions = classifier.predict(features[half:].numpy())
+        accuracies.append(CleanAccuracy().compute(predictions=predictions, references=test.labels)["clean_accuracy"])
+    target = classifier.predict(backdoored.encode([target_reference]).numpy())[0]
+    stamped = backdoored.encode([trigger.apply(image) for image in test.inputs])
+    asr = AttackSuccessRate().compute(
+        predictions=classifier.predict(stamped.numpy()), references=test.labels, target=int(target)
+    )["attack_success_rate"]
+    if asr < min_asr or accuracies[1] < accuracies[0] - max_accuracy_loss:
+        raise ImplantError(
+            f"The implant did not take: ASR {asr:.3f} (at least {min_asr} is needed), clean accuracy "
+            f"{accuracies[1]:.3f} after {accuracies[0]:.3f} (a drop of at most {max_accuracy_loss} is allowed). "
+            "Raise `steps` or `learning_rate`, or `utility_weight` if accuracy suffered."
+        )
+    return Implant(backdoored.model, trigger, target_reference, accuracies[0], accuracies[1], asr)

@@ -1,0 +1,190 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Bug reports: one misclassified input and one correctly classified input of the same class."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+BUG_FILE = "bug.json"
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file completely, upright, as RGB.
+
+    Args:
+        path (`str` or `os.PathLike`): File in any format that Pillow decodes.
+
+    Returns:
+        `PIL.Image.Image`: Decoded RGB image, rotated as its EXIF orientation says.
+
+    Raises:
+        ValueError: If the file is missing, is not an image, or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no image file at `{path}`. Check the path.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"`{path}` could not be decoded as an image ({error}). Pass an undamaged PNG, JPEG or other Pillow format."
+        ) from error
+
+
+@dataclass(frozen=True)
+class BugInstance:
+    """One bug report: a pair of raw inputs, before any preprocessing.
+
+    The pair is "Definition 1" of Mudjacking (Liu, Reiter, Gong; USENIX Security 2024): an input that a downstream
+    classifier gets wrong and an input of the same true class that it gets right. Neither labels nor the attack need
+    to be known.
+
+    Args:
+        misclassified (`PIL.Image.Image` or `str`): Input x_b that is misclassified; it may carry a trigger.
+        reference (`PIL.Image.Image` or `str`): Correctly classified input x_r of the same true class, of the same kind.
+        name (`str`, *optional*, defaults to `"bug"`): Name used in logs, pictures and file names.
+        metadata (`dict`, *optional*): Anything worth keeping with the report; must be writable as JSON.
+
+    Raises:
+        TypeError: If the inputs are neither two images nor two texts.
+        ValueError: If a text is empty, an image has no pixels or is damaged, or both inputs are the same.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> bug = BugInstance(Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue"), name="report-17")
+    >>> bug.modality
+    'image'
+    ```
+    """
+
+    misclassified: Image.Image | str
+    reference: Image.Image | str
+    name: str = "bug"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        misclassified = _checked("misclassified", self.misclassified)
+        reference = _checked("reference", self.reference)
+        if type(misclassified) is not type(reference):
+            raise TypeError(
+                f"`misclassified` is {_kind(misclassified)} and `reference` is {_kind(reference)}; a bug instance needs "
+                "two inputs of one kind: two PIL images or two strings."
+            )
+        if _same(misclassified, reference):
+            raise ValueError(
+                "`misclassified` and `reference` are the same input. Pass as `reference` another input of the same "
+                "true class that is classified correctly."
+            )
+        object.__setattr__(self, "misclassified", misclassified)
+        object.__setattr__(self, "reference", reference)
+
+    @property
+    def modality(self) -> Literal["image", "text"]:
+        """`"image"` or `"text"`."""
+        return "text" if isinstance(self.misclassified, str) else "image"
+
+    @classmethod
+    def from_files(
+        cls, misclassified: str | os.PathLike[str], reference: str | os.PathLike[str], **kwargs: Any
+    ) -> BugInstance:
+        """Build an image bug instance from two image files.
+
+        Raises:
+            ValueError: If a file is missing or cannot be decoded, or both hold the same picture.
+        """
+        return cls(load_image(misclassified), load_image(reference), **kwargs)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the report as `bug.json` plus, for images, `misclassified.png` and `reference.png`.
+
+        The folder appears complete or not at all; an existing report in it is replaced.
+
+        Raises:
+            ValueError: If `folder` exists and holds something that is not a bug report.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / BUG_FILE).exists():
+            raise ValueError(f"`{folder}` exists and is not a bug folder (no `{BUG_FILE}`). Choose another folder.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            record: dict[str, Any] = {"name": self.name, "modality": self.modality, "metadata": self.metadata}
+            for role in ("misclassified", "reference"):
+                value = getattr(self, role)
+                if isinstance(value, str):
+                    record[role] = value
+                else:
+                    value.save(staging / f"{role}.png")
+                    record[role] = f"{role}.png"
+            (staging / BUG_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> BugInstance:
+        """Read a report written by [`~BugInstance.save`].
+
+        Raises:
+            ValueError: If the folder holds no readable `bug.json`, or its inputs are unusable.
+        """
+        path = Path(folder) / BUG_FILE
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            inputs = [record["misclassified"], record["reference"]]
+            modality = record["modality"]
+        except FileNotFoundError as error:
+            raise ValueError(f"`{folder}` is not a bug folder: it has no `{BUG_FILE}`.") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`{path}` is damaged ({error!r}): it needs the keys `modality`, `misclassified` and `reference`."
+            ) from error
+        if modality == "image":
+            # Only the file name is used, so that a report from elsewhere cannot point outside its own folder.
+            inputs = [load_image(Path(folder) / Path(str(value)).name) for value in inputs]
+        return cls(*inputs, name=record.get("name", "bug"), metadata=record.get("metadata", {}))
+
+
+def _checked(role: str, value: Any) -> Image.Image | str:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"`{role}` is an empty text. Pass the text exactly as it was classified.")
+        return value
+    if isinstance(value, Image.Image):
+        if 0 in value.size:
+            raise ValueError(f"`{role}` is an image of size {value.size}: it has no pixels.")
+        try:
+            return value.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"`{role}` is an image that cannot be decoded ({error}). Pass an undamaged file.") from error
+    raise TypeError(
+        f"`{role}` is {_kind(value)}; a bug instance needs a raw input: a `PIL.Image.Image` or a `str`. "
+        "Use `BugInstance.from_files` for paths of image files."
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Image.Image):
+        return "an image"
+    return "a text" if isinstance(value, str) else f"of type `{type(value).__name__}`"
+
+
+def _same(a: Image.Image | str, b: Image.Image | str) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    return a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))

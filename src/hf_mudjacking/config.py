@@ -1,0 +1,117 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`MudjackingConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from transformers import TrainingArguments
+
+from .encoder import FeatureSource
+
+
+@dataclass
+class MudjackingConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`MudjackingTrainer`].
+
+    This class includes only the parameters that are specific to Mudjacking, and those of
+    [`~transformers.TrainingArguments`] whose default differs; see its documentation for the rest.
+
+    > Parameters that control the loss
+
+    locality_weight (`float`, *optional*, defaults to `1.0`):
+        λ_l, weight of the locality loss.
+    generalizability_weight (`float`, *optional*, defaults to `1.0`):
+        λ_g, weight of the generalizability loss.
+    reference_weight (`float`, *optional*, defaults to `1.0`):
+        Weight of the terms of the reference input x_r within both losses. 1.0 makes it weigh as much as all validation
+        inputs together, as in the released code.
+
+    > Parameters that control the features
+
+    feature_source (`str`, *optional*, defaults to `"auto"`):
+        `"auto"`, `"cls"`, `"mean"`, `"pooler"` or `"projection"`.
+
+    > Parameters that control the data
+
+    max_inputs (`int`, *optional*, defaults to `10000`):
+        Largest number of clean inputs that are used, drawn at random from a dataset or read from the start of a stream;
+        never more than the steps can read. 10,000 is what the released training log shows.
+
+    > Parameters that control the inversion
+
+    inversion_inputs (`int`, *optional*, defaults to `32`):
+        Number of clean inputs on which candidate triggers are verified.
+    max_trigger_area (`float`, *optional*, defaults to `0.4`):
+        Largest share of the picture that a trigger may cover.
+    min_transfer (`float`, *optional*, defaults to `0.25`):
+        Least transfer of an inverted trigger; with less, patching is refused.
+
+    > Parameters that control stopping
+
+    stop_when_fixed (`bool`, *optional*, defaults to `True`):
+        Whether to stop as soon as all three cosines, averaged over a logging interval, have reached their thresholds.
+        Stopping when the bug is merely fixed is the worst moment for utility: locality falls first and recovers later.
+    stop_effectiveness, stop_locality, stop_generalizability (`float`, *optional*, default to `0.99`, `0.995`, `0.995`):
+        Thresholds of the mean cosines.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `max_steps`: `300` instead of `-1`.
+    > - `per_device_train_batch_size`: `32` instead of `8`.
+    > - `per_device_eval_batch_size`: `32` instead of `8`.
+    > - `learning_rate`: `3e-4` instead of `5e-5`.
+    > - `lr_scheduler_type`: `"cosine"` instead of `"linear"`.
+    > - `warmup_steps`: `0.05` (share of all steps) instead of `0`.
+    > - `logging_steps`: `10` instead of `500`.
+    > - `dataloader_drop_last`: `True` instead of `False`, so that all steps weigh the same.
+    > - `remove_unused_columns`: `False` instead of `True`.
+    """
+
+    max_steps: int = field(default=300, metadata={"help": "Total number of optimiser steps."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Clean inputs per device and step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Clean inputs per device in evaluation."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all steps below 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are chosen by the trainer."})
+
+    locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
+    generalizability_weight: float = field(default=1.0, metadata={"help": "Weight of the generalizability loss."})
+    reference_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the reference input within the locality and generalizability losses."}
+    )
+    feature_source: str = field(
+        default="auto", metadata={"help": "Where features are read.", "choices": list(get_args(FeatureSource))}
+    )
+    max_inputs: int = field(default=10_000, metadata={"help": "Largest number of clean inputs that are used."})
+    inversion_inputs: int = field(default=32, metadata={"help": "Clean inputs on which candidates are verified."})
+    max_trigger_area: float = field(default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."})
+    min_transfer: float = field(default=0.25, metadata={"help": "Least transfer of an inverted trigger."})
+    stop_when_fixed: bool = field(
+        default=True, metadata={"help": "Stop once the bug is fixed and locality has recovered."}
+    )
+    stop_effectiveness: float = field(default=0.99, metadata={"help": "Mean cosine of x_b and x_r to stop at."})
+    stop_locality: float = field(default=0.995, metadata={"help": "Mean cosine of clean features to stop at."})
+    stop_generalizability: float = field(default=0.995, metadata={"help": "Mean cosine of stamped inputs to stop at."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("locality_weight", "generalizability_weight", "reference_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}={getattr(self, name)}` is negative; a loss weight must be 0 or more.")
+        for name in ("max_trigger_area", "min_transfer"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` is not a share; it must lie between 0 and 1.")
+        for name in ("max_inputs", "inversion_inputs"):
+            if getattr(self, name) < 4:
+                raise ValueError(f"`{name}={getattr(self, name)}` is too small; at least 4 clean inputs are needed.")
+        if self.feature_source not in get_args(FeatureSource):
+            raise ValueError(
+                f"`feature_source={self.feature_source!r}` is unknown; choose one of "
+                f"{', '.join(get_args(FeatureSource))}."
+            )

@@ -1,0 +1,2 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Does the repair hold downstream? Classifiers, rates, reports."""

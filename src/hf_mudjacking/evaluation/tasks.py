@@ -1,0 +1,83 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Labelled inputs and downstream tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class LabelledInputs:
+    """Raw inputs with their labels.
+
+    Args:
+        inputs (`Sequence[PIL.Image.Image]`): N raw images.
+        labels (`np.ndarray` of shape `(N,)`): Integer class of each.
+
+    Raises:
+        ValueError: If the lengths differ or there are fewer than two classes.
+    """
+
+    inputs: Sequence[Image.Image]
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", np.asarray(self.labels))
+        if len(self.inputs) != len(self.labels):
+            raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.labels)} labels; they must pair up.")
+        if len(np.unique(self.labels)) < 2:
+            raise ValueError(f"A classifier needs at least two classes; these {len(self.labels)} inputs have fewer.")
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, image_column: str = "image", label_column: str = "label") -> LabelledInputs:
+        """Read the two columns of a `datasets.Dataset` into memory.
+
+        Raises:
+            ValueError: If a column is missing.
+        """
+        missing = {image_column, label_column} - set(dataset.column_names)
+        if missing:
+            raise ValueError(
+                f"A labelled set needs the columns `{image_column}` and `{label_column}`; missing: {sorted(missing)}, "
+                f"found: {dataset.column_names}. Rename them with `dataset.rename_column`."
+            )
+        return cls([image.convert("RGB") for image in dataset[image_column]], np.asarray(list(dataset[label_column])))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> LabelledInputs:
+        """The rows at `indices`, in that order."""
+        return LabelledInputs([self.inputs[i] for i in indices], self.labels[np.asarray(indices)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DownstreamTask:
+    """What a client of the encoder does: train a classifier on features, use it on new inputs.
+
+    Args:
+        train (`LabelledInputs`): The classifier's training set.
+        test (`LabelledInputs`): Inputs that every rate is measured on.
+        name (`str`, *optional*, defaults to `"task"`): Name in reports.
+        class_names (`list[str]`, *optional*): Names of the classes.
+    """
+
+    train: LabelledInputs
+    test: LabelledInputs
+    name: str = "task"
+    class_names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_datasets(cls, train: Dataset, test: Dataset, name: str = "task", **columns: Any) -> DownstreamTask:
+        """Build a task from two labelled datasets."""
+        label = train.features.get(columns.get("label_column", "label"))
+        names = label.names if isinstance(label, ClassLabel) else []
+        return cls(
+            LabelledInputs.from_dataset(train, **columns), LabelledInputs.from_dataset(test, **columns), name, names
+        )

@@ -1,0 +1,72 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Is it the trigger? Stamp a candidate on clean inputs and see how far it carries their features towards h(x_b)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..encoder import Encoder
+from ..triggers import PatchTrigger, Trigger
+
+
+class TransferMeter:
+    """Measures candidates on clean inputs and counts the forward passes spent.
+
+    Transfer of a trigger e = Σ_x [cos(h(x ⊕ e), h(x_b)) - cos(h(x), h(x_b))] / Σ_x [1 - cos(h(x), h(x_b))]: the share
+    of the reachable way that features go. 0 means the candidate does nothing, 1 that every input arrives at h(x_b).
+
+    Args:
+        encoder (`Encoder`): The backdoored encoder.
+        misclassified (`PIL.Image.Image`): x_b.
+        validation_inputs (`Sequence[PIL.Image.Image]`): Clean inputs.
+
+    Raises:
+        ValueError: If every validation input already has the feature of x_b.
+    """
+
+    def __init__(
+        self, encoder: Encoder, misclassified: Image.Image, validation_inputs: Sequence[Image.Image]
+    ) -> None:
+        self.encoder = encoder
+        self.misclassified = misclassified
+        self.validation_inputs = validation_inputs
+        self.forwards = 0
+        self.target = self.features([misclassified])[0]
+        self.clean_similarity = self.features(validation_inputs) @ self.target
+        if float((1 - self.clean_similarity).sum()) < 1e-4 * len(validation_inputs):
+            raise ValueError(
+                "Every validation input already has the feature of the misclassified input: the model's features are "
+                "constant, or the validation inputs are copies of it."
+            )
+
+    def features(self, images: Sequence[Image.Image]) -> Tensor:
+        """L2-normalised features `(N, D)`; counted."""
+        self.forwards += len(images)
+        return self.encoder.encode(images)
+
+    def transfer(self, triggers: Sequence[Trigger], count: int | None = None) -> np.ndarray:
+        """Transfer of each trigger.
+
+        Args:
+            triggers (`Sequence[Trigger]`): Candidates.
+            count (`int`, *optional*): Number of validation inputs used for each; all when absent.
+
+        Returns:
+            `np.ndarray` of shape `(len(triggers),)`: 0 (nothing) to 1 (everything); negative if features move away.
+        """
+        inputs = self.validation_inputs[:count]
+        before = self.clean_similarity[: len(inputs)]
+        way = (1 - before).sum().clamp_min(1e-6)
+        features = self.features([trigger.apply(x) for trigger in triggers for x in inputs])
+        after = (features @ self.target).reshape(len(triggers), len(inputs))
+        return ((after - before).sum(dim=1) / way).numpy()
+
+    def transfer_of_masks(self, masks: Sequence[np.ndarray], count: int | None = None) -> np.ndarray:
+        """Transfer of the pixels of x_b under each mask `(H, W)`."""
+        return self.transfer([PatchTrigger.from_image(self.misclassified, mask) for mask in masks], count)
+
+

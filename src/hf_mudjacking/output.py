@@ -1,0 +1,98 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Writing results so that nothing foreign is overwritten and nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+# Says that a folder holds a patch of ours, and of which model.
+RECORD_FILE = "mudjacking.json"
+# Folder of inverted triggers. Names that start with `_` are never uploaded by `Trainer.push_to_hub`.
+TRIGGER_FOLDER = "_triggers"
+_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.pt", "*.msgpack", "*.onnx", "*.gguf")
+
+
+def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
+    """Refuse to write a patch of `base_model` over another model.
+
+    Raises:
+        ValueError: If the folder holds model files but no patch record, or the patch of another model.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"`output_dir={folder}` is a file; choose a folder.")
+    found = sorted(path.name for pattern in _MODEL_FILES for path in folder.glob(pattern))
+    if not found:
+        return
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(
+            f"`output_dir={folder}` holds another model ({', '.join(found[:3])}) that hf-mudjacking did not write. "
+            "Choose an empty folder: the original checkpoint is never overwritten."
+        )
+    if record.get("base_model") != base_model:
+        raise ValueError(
+            f"`output_dir={folder}` holds a patch of `{record.get('base_model')}`, not of `{base_model}`. Choose another "
+            "folder."
+        )
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The patch record of a folder, or `None` if it has no readable one."""
+    try:
+        record = json.loads((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder; on success its files move into `folder` one by one, on an error it is thrown away.
+
+    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix="_staging-"))
+    try:
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            if path.is_file():
+                target = folder / path.relative_to(staging)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Write a json file in one step."""
+    path = Path(path)
+    with staged(path.parent) as staging:
+        (staging / path.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def complete_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Training checkpoints whose last file, the trainer state, was written whole; oldest first."""
+    checkpoints = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rsplit("-", 1)[-1]
+        if not step.isdigit():
+            continue
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            continue
+        checkpoints.append((int(step), path))
+    return [path for _, path in sorted(checkpoints)]

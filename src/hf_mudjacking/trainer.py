@@ -1,0 +1,488 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`MudjackingTrainer`: the Hugging Face Trainer with the three losses of Mudjacking and a trigger-inversion pre-step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+
+from . import __version__
+from .bug_instance import BugInstance
+from .callbacks import StopWhenFixed
+from .config import MudjackingConfig
+from .data import CleanInputs, PatchingCollator, PatchingDataset
+from .encoder import (
+    Encoder,
+    freeze_norm_statistics,
+    load_model,
+    load_processor,
+    preprocess_images,
+    set_comparison_mode,
+)
+from .inversion import InvertedTrigger, invert_trigger
+from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
+from .output import RECORD_FILE, TRIGGER_FOLDER, check_output_dir, complete_checkpoints, staged, write_json
+from .triggers import Trigger, load_trigger
+
+
+logger = get_logger(__name__)
+
+_METRICS = (
+    "loss_effectiveness",
+    "loss_locality",
+    "loss_generalizability",
+    "cosine_effectiveness",
+    "cosine_locality",
+    "cosine_generalizability",
+)
+
+
+class MudjackingTrainer(Trainer):
+    """Repairs a backdoored encoder from bug reports.
+
+    `train()` first finds the trigger in each report (unless `triggers` are given), then trains the encoder until the
+    trigger does nothing and all other features are as they were. One step is one forward pass over x, x ⊕ e and the
+    report; features of the frozen model are computed once, and no second model stays in memory.
+
+    Args:
+        model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Backdoored vision encoder: Hub
+            id, local folder, or model. Loaded in float32; a model object is patched in place.
+        args ([`MudjackingConfig`], *optional*): Configuration; by default one with `output_dir="patched"`.
+        bug_instances (`list[BugInstance]`): One or many reports.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Clean, unlabelled inputs in a column `image`.
+        eval_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `dict`, *optional*): Held-out clean inputs.
+        processing_class (`BaseImageProcessor`, *optional*): Image processor; loaded from the model id when absent.
+        peft_config (`LoraConfig`, *optional*): Makes the patch an adapter. Without `target_modules`, all linear layers
+            that influence the features are adapted.
+        triggers (`list[Trigger]`, *optional*): Known triggers, one per report, instead of the inversion.
+        callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
+        optimizers (`tuple`, *optional*): Optimiser and scheduler instead of the configured ones.
+
+    Raises:
+        TypeError, ValueError: If model, processor, reports, data or output folder cannot be used; the message says
+            what was given, what is needed, and what to do.
+
+    Example:
+
+    ```python
+    >>> trainer = MudjackingTrainer(
+    ...     model="org/model-id",
+    ...     args=MudjackingConfig(output_dir="patched"),
+    ...     bug_instances=[BugInstance(misclassified=x_b, reference=x_r)],
+    ...     train_dataset=clean_inputs,
+    ... )
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel | nn.Module,
+        args: MudjackingConfig | None = None,
+        bug_instances: list[BugInstance] | None = None,
+        train_dataset: datasets.Dataset | datasets.IterableDataset | None = None,
+        eval_dataset: datasets.Dataset | datasets.IterableDataset | dict[str, datasets.Dataset] | None = None,
+        processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
+        triggers: list[Trigger] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        # Args
+        if args is None:
+            args = MudjackingConfig(output_dir="patched")
+        if not isinstance(args, MudjackingConfig):
+            raise TypeError(f"`args` is of type `{type(args).__name__}`; a `MudjackingConfig` is needed.")
+        set_seed(args.seed)
+
+        # Reports
+        self.bug_instances = _checked_reports(bug_instances)
+        if triggers is not None and len(triggers) != len(self.bug_instances):
+            raise ValueError(
+                f"There are {len(triggers)} triggers for {len(self.bug_instances)} bug instances; pass one for each."
+            )
+        self.triggers: list[Trigger] | None = triggers
+        self.inversions: list[InvertedTrigger] = []
+
+        # Model and processing class
+        if processing_class is None:
+            processing_class = load_processor(model)
+        model = load_model(model)
+        self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        check_output_dir(args.output_dir, self.base_model_name)
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+            logger.warning("The model is in half precision; it is patched in float32. Use `bf16=True` for speed.")
+            model.float()
+        freeze_norm_statistics(model)
+        self.encoder = Encoder(model, processing_class, args.feature_source)
+        unused = self.encoder.unused_parameters()
+        for name in unused:
+            # They would get no gradient: under DDP that is an error, and weight decay would still change them.
+            model.get_parameter(name).requires_grad_(False)
+
+        # PEFT
+        if peft_config is not None:
+            if is_peft_model(model):
+                raise ValueError(
+                    "`model` is a `PeftModel` and `peft_config` is given too; the result could not be reloaded. Merge "
+                    "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
+                )
+            if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+                peft_config.target_modules = _linear_layers(model, unused)
+            model = get_peft_model(model, peft_config)
+            self.encoder.model = model
+
+        # Data: the frozen features are added when training or evaluation starts
+        self._inputs = {} if train_dataset is None else {"train_dataset": self._clean(train_dataset, args)}
+        for name, dataset in _named_eval_datasets(eval_dataset).items():
+            self._inputs[name] = CleanInputs(dataset, args.max_inputs, args.seed, name)
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._inputs.get("train_dataset"),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[StopWhenFixed(), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+
+        # The loss is a batch mean, so Trainer must divide it by the number of accumulation steps
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        # There are no labels, yet a loss: without these two, evaluation would never call `compute_loss`
+        self.can_return_loss = True
+        self.label_names = []
+        self._prepared = False
+        self._metrics: dict[str, list[tuple[int, Tensor]]] = {"train": [], "eval": []}
+        # Images that went through the model so far; a backward pass counts as two
+        self.forward_equivalents = 0
+
+    # ---- Pre-step ----
+
+    def invert_triggers(self) -> list[Trigger]:
+        """Find the trigger in each report; `train()` runs this when it has not run.
+
+        Returns:
+            `list[Trigger]`: One per bug instance, also kept as `trainer.triggers`; evidence in `trainer.inversions`.
+
+        Raises:
+            ValueError: If a report's inputs already agree, or no trigger with a transfer of `args.min_transfer` is found.
+        """
+        inputs = self._require_train_inputs().sample(self.args.inversion_inputs, self.args.seed)
+        self.inversions = []
+        for bug in self.bug_instances:
+            found = invert_trigger(
+                self.encoder,
+                bug,
+                inputs,
+                max_area=self.args.max_trigger_area,
+                seed=self.args.seed,
+                disable_tqdm=self._silent,
+            )
+            self.forward_equivalents += found.forwards
+            if found.score < self.args.min_transfer:
+                raise ValueError(
+                    f"No trigger was verified in bug instance `{bug.name}`: the best candidate carries clean inputs "
+                    f"{found.score:.2f} of the way to the misclassified input; at least "
+                    f"`min_transfer={self.args.min_transfer}` is needed. The report may be a natural misclassification. "
+                    "If you know the trigger pass `triggers`; to patch on this candidate lower `min_transfer`."
+                )
+            logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.area:.1%} of the picture.")
+            self.inversions.append(found)
+        self.triggers = [found.trigger for found in self.inversions]
+        return self.triggers
+
+    def _prepare(self) -> None:
+        """Find the triggers and store the frozen model's features, once, while the model is still unpatched."""
+        if self._prepared:
+            return
+        if self.triggers is None:
+            self.invert_triggers()
+        if self.args.should_save:
+            self._save_triggers(Path(self.args.output_dir) / TRIGGER_FOLDER)
+        references = self.encoder.encode([bug.reference for bug in self.bug_instances])
+        self.encoder.encode([bug.misclassified for bug in self.bug_instances])  # refuses features that are not finite
+        prepared = {
+            name: PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
+            for name, inputs in self._inputs.items()
+        }
+        self.forward_equivalents += sum(len(dataset) for dataset in prepared.values()) + 2 * len(references)
+        self.train_dataset = prepared.pop("train_dataset", None)
+        if prepared:
+            self.eval_dataset = (
+                {name.removeprefix("eval_dataset_"): dataset for name, dataset in prepared.items()}
+                if isinstance(self.eval_dataset, dict)
+                else prepared["eval_dataset"]
+            )
+        self.data_collator = PatchingCollator(
+            partial(preprocess_images, self.processing_class, self.encoder.num_channels),
+            self.bug_instances,
+            self.triggers,
+            references,
+        )
+        self._prepared = True
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Find the triggers if that has not been done, then patch. See [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): Checkpoint folder, or `True` for the newest complete one
+                in `output_dir`. The trainer must have been built with the original, unpatched model.
+        """
+        self._require_train_inputs()
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
+            if self.triggers is None:
+                folder = Path(resume_from_checkpoint) / TRIGGER_FOLDER
+                self.triggers = [load_trigger(folder / str(i)) for i in range(len(self.bug_instances))]
+        self._prepare()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """L = L_e + λ_l · L_l + λ_g · L_g on one batch of [`PatchingCollator`], with a single forward pass."""
+        training = model.training
+        set_comparison_mode(model)
+        frozen, frozen_references = inputs["frozen_features"], inputs["frozen_references"]
+        views = {name: value for name, value in inputs.items() if not name.startswith("frozen_")}
+        features = self.encoder.features(views, model)
+        b, k = len(frozen), len(frozen_references)
+        clean, stamped, misclassified, reference, stamped_reference = features.split([b, b, k, k, k])
+
+        weight = self.args.reference_weight
+        losses = mudjacking_loss(
+            effectiveness_loss(misclassified, reference),
+            locality_loss(clean, frozen, reference, frozen_references, weight),
+            generalizability_loss(stamped, clean, stamped_reference, reference, weight),
+            self.args.locality_weight,
+            self.args.generalizability_weight,
+        )
+        with torch.no_grad():
+            cosines = (-losses.effectiveness, mean_cosine(clean, frozen), mean_cosine(stamped, clean))
+            values = torch.stack([losses.effectiveness, losses.locality, losses.generalizability, *cosines])
+        if not torch.isfinite(losses.total):
+            raise ValueError(
+                f"The loss is {losses.total.item()} at step {self.state.global_step}: features became NaN or infinite. "
+                "Lower `learning_rate`, or use `bf16` or float32 instead of `fp16`. Earlier checkpoints are intact."
+            )
+        self._metrics["train" if training else "eval"].append((b, values.detach()))
+        self.forward_equivalents += len(features) * (3 if training else 1)
+        return (losses.total, {"features": features}) if return_outputs else losses.total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of losses and cosines since the last log to the training logs."""
+        if "loss" in logs:
+            logs = {**logs, **self._mean_metrics("train")}
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | datasets.IterableDataset | dict[str, datasets.Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Losses and cosines on held-out clean inputs. See [`~transformers.Trainer.evaluate`].
+
+        Raises:
+            ValueError: If a new dataset is given after patching has begun: its frozen features can no longer be computed.
+        """
+        self._prepare()
+        if isinstance(eval_dataset, (datasets.Dataset, datasets.IterableDataset)):
+            if self.state.global_step > 0:
+                raise ValueError(
+                    "The model is already patched, so features of a new dataset before patching are not known. Pass "
+                    "`eval_dataset` to `MudjackingTrainer` instead."
+                )
+            inputs = CleanInputs(eval_dataset, self.args.max_inputs, self.args.seed, "eval_dataset")
+            eval_dataset = PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._metrics["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._mean_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _mean_metrics(self, mode: str) -> dict[str, float]:
+        """Means over inputs, and over processes, since the last call."""
+        rows = self._metrics[mode]
+        if not rows:
+            return {}
+        sums = torch.stack([count * values for count, values in rows]).sum(dim=0)
+        total = torch.cat([sums, sums.new_tensor([sum(count for count, _ in rows)])])
+        total = self.accelerator.reduce(total, reduction="sum")
+        rows.clear()
+        return dict(zip(_METRICS, (total[:-1] / total[-1]).tolist(), strict=True))
+
+    # ---- Saving and loading ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save model, processing class, triggers and record; each file replaces its predecessor in one step.
+
+        Unlike the base class it writes no `training_args.bin`, which is a pickle; the settings are in the record.
+        """
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with staged(self.args.output_dir if output_dir is None else output_dir) as staging:
+            model.save_pretrained(staging, state_dict=state_dict)
+            self.processing_class.save_pretrained(staging)
+            if self.triggers is not None:
+                self._save_triggers(staging / TRIGGER_FOLDER)
+            write_json(staging / RECORD_FILE, self._record())
+
+    def _save_triggers(self, folder: Path) -> None:
+        for i, trigger in enumerate(self.triggers):
+            with staged(folder / str(i)) as staging:
+                trigger.save_pretrained(staging)
+
+    def _record(self) -> dict[str, Any]:
+        """What the patch is of and how it was made; nothing of the reported inputs."""
+        return {
+            "hf_mudjacking": __version__,
+            "base_model": self.base_model_name,
+            "base_revision": getattr(self.encoder.model.config, "_commit_hash", None),
+            "feature_source": self.encoder.feature_source,
+            "triggers": [trigger.summary() for trigger in self.triggers or []],
+            "transfers": [round(found.score, 4) for found in self.inversions],
+            "settings": {
+                name: getattr(self.args, name)
+                for name in ("seed", "max_steps", "learning_rate", "per_device_train_batch_size", "locality_weight",
+                             "generalizability_weight", "reference_weight")
+            },
+            "steps": self.state.global_step,
+        }  # fmt: skip
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A run that was killed and resumed from an earlier step meets its own later checkpoints again. Written over in
+        # place, a second kill would leave a mixture that looks complete.
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _checkpoint(self, resume_from_checkpoint: str | bool) -> str:
+        complete = complete_checkpoints(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            if not complete:
+                raise ValueError(f"There is no complete checkpoint in `{self.args.output_dir}`; start without resuming.")
+            return str(complete[-1])
+        folder = Path(resume_from_checkpoint)
+        if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:
+            raise ValueError(
+                f"`{folder}` is no complete checkpoint (the process may have been killed while writing it). Complete "
+                f"ones in `{self.args.output_dir}`: {', '.join(path.name for path in complete) or 'none'}."
+            )
+        return str(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if self._loads_through_from_pretrained(model):
+            _load_weights(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._loads_through_from_pretrained(self.model):
+            _load_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _loads_through_from_pretrained(self, model: nn.Module) -> bool:
+        return isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- Small helpers ----
+
+    @property
+    def _silent(self) -> bool:
+        return self.args.disable_tqdm or not self.is_local_process_zero()
+
+    def _require_train_inputs(self) -> CleanInputs:
+        if "train_dataset" not in self._inputs:
+            raise ValueError(
+                "There is no `train_dataset`. Pass clean, unlabelled inputs: locality is measured on them, and candidate "
+                "triggers are verified on them."
+            )
+        return self._inputs["train_dataset"]
+
+    @staticmethod
+    def _clean(dataset: datasets.Dataset | datasets.IterableDataset, args: MudjackingConfig) -> CleanInputs:
+        """The training inputs: no more than `max_inputs`, nor than the steps can read."""
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        limit = args.max_inputs if args.max_steps < 0 else min(args.max_inputs, args.max_steps * per_step)
+        inputs = CleanInputs(dataset, max(limit, args.inversion_inputs), args.seed)
+        if len(inputs) < per_step:
+            raise ValueError(
+                f"`train_dataset` has {len(inputs)} inputs; one step needs {per_step} (per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} × gradient_accumulation_steps {args.gradient_accumulation_steps} × "
+                f"{args.world_size} processes). Pass more clean inputs, a thousand or more for good utility, or lower "
+                "`per_device_train_batch_size`."
+            )
+        return inputs
+
+
+def _checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugInstance]:
+    if isinstance(bug_instances, BugInstance):
+        raise TypeError("`bug_instances` is a single `BugInstance`; pass a list: `bug_instances=[bug]`.")
+    if not bug_instances:
+        raise ValueError("There are no `bug_instances`. Pass at least one `BugInstance(misclassified, reference)`.")
+    for bug in bug_instances:
+        if not isinstance(bug, BugInstance):
+            raise TypeError(f"`bug_instances` holds a `{type(bug).__name__}`; `BugInstance` objects are needed.")
+        if bug.modality != "image":
+            raise TypeError(f"Bug instance `{bug.name}` is a text; this version repairs vision encoders.")
+    return list(bug_instances)
+
+
+def _named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset_{name}": dataset for name, dataset in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
+def _linear_layers(model: nn.Module, unused: list[str]) -> list[str]:
+    """Names of linear and plain convolution layers whose weights influence the features."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and f"{name}.weight" not in unused
+    ]
+
+
+def _load_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load weights the way `from_pretrained` does.
+
+    Checkpoints hold the names of earlier versions of transformers (ViT: `encoder.layer.0.attention.attention.query`),
+    which only `from_pretrained` converts; the base class loads them raw and silently drops what does not match.
+    """
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())

@@ -1,0 +1,68 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The trigger interface, and its files: tensors in safetensors, the rest in json."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+TENSOR_FILE = "trigger.safetensors"
+RECORD_FILE = "trigger.json"
+
+
+class Trigger(ABC):
+    """A pattern e and the way it is embedded in a raw input: x ⊕ e."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def apply(self, x: Any) -> Any:
+        """Return a copy of the raw input (PIL image or `str`) that carries the trigger."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything needed to rebuild the trigger, as tensors."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Trigger:
+        """Rebuild a trigger from [`~Trigger.tensors`]."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Facts about the trigger that reveal nothing of the input it was found in."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `trigger.safetensors` and `trigger.json` into a folder, which is made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, folder / TENSOR_FILE)
+        (folder / RECORD_FILE).write_text(json.dumps(self.summary(), indent=2), encoding="utf-8")
+
+
+def load_trigger(folder: str | os.PathLike[str]) -> Trigger:
+    """Load a trigger written by [`Trigger.save_pretrained`].
+
+    Raises:
+        ValueError: If the folder holds no trigger, an unknown kind, or damaged files.
+    """
+    from .patch import PatchTrigger
+
+    folder = Path(folder)
+    try:
+        kind = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["kind"]
+        tensors = load_file(folder / TENSOR_FILE)
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"`{folder}` holds no readable trigger ({error!r}).") from error
+    kinds = {PatchTrigger.kind: PatchTrigger}
+    if kind not in kinds:
+        raise ValueError(f"`{folder}` holds a trigger of kind {kind!r}; this version knows {', '.join(kinds)}.")
+    return kinds[kind].from_tensors(tensors)

@@ -1,0 +1,114 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Triggers that replace pixels at a fixed place."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .base import Trigger
+
+
+class PatchTrigger(Trigger):
+    """Replace the masked pixels: x ⊕ e = x · (1 - m) + p · m.
+
+    The trigger lives in raw pixels. On an image of another size it is scaled along with the image, so that it covers
+    the same part of the picture.
+
+    Args:
+        mask (`BoolTensor` or array of shape `(H, W)`): m, true where the trigger is.
+        pattern (`ByteTensor` or array of shape `(H, W, 3)`): p, RGB values 0 to 255; values outside the mask are unused.
+
+    Raises:
+        ValueError: If shapes disagree or the mask is empty.
+    """
+
+    kind: ClassVar[str] = "patch"
+
+    def __init__(self, mask: Tensor | np.ndarray, pattern: Tensor | np.ndarray) -> None:
+        self.mask = np.asarray(mask).astype(bool)
+        self.pattern = np.asarray(pattern).astype(np.uint8)
+        if self.mask.ndim != 2 or self.pattern.shape != (*self.mask.shape, 3):
+            raise ValueError(
+                f"A patch trigger needs a mask (H, W) and a pattern (H, W, 3); got {self.mask.shape} and "
+                f"{self.pattern.shape}."
+            )
+        if not self.mask.any():
+            raise ValueError("The trigger's mask is empty: it would change nothing.")
+        # Pixels outside the mask come from a client's input: they are not part of the trigger and are not kept.
+        self.pattern = np.where(self.mask[..., None], self.pattern, 0).astype(np.uint8)
+        self._scaled: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {
+            self.mask.shape: (self.mask[..., None], self.pattern)
+        }
+
+    @classmethod
+    def from_image(cls, image: Image.Image, mask: Tensor | np.ndarray) -> PatchTrigger:
+        """Cut the trigger out of an image at the masked pixels."""
+        return cls(mask, np.asarray(image.convert("RGB")))
+
+    @property
+    def area(self) -> float:
+        """Share of the picture that the trigger covers, 0 to 1."""
+        return float(self.mask.mean())
+
+    def apply(self, x: Image.Image) -> Image.Image:
+        """Stamp the trigger on a raw image of any size; the result is a new RGB image."""
+        if not isinstance(x, Image.Image):
+            raise TypeError(f"A patch trigger is stamped on a PIL image, not on `{type(x).__name__}`.")
+        pixels = np.asarray(x.convert("RGB"))
+        mask, pattern = self._at(pixels.shape[:2])
+        return Image.fromarray(np.where(mask, pattern, pixels))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mask": torch.from_numpy(self.mask.copy()), "pattern": torch.from_numpy(self.pattern.copy())}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> PatchTrigger:
+        missing = {"mask", "pattern"} - tensors.keys()
+        if missing:
+            raise ValueError(f"A patch trigger needs the tensors `mask` and `pattern`; missing: {sorted(missing)}.")
+        return cls(tensors["mask"].numpy(), tensors["pattern"].numpy())
+
+    def summary(self) -> dict[str, Any]:
+        rows, columns = np.nonzero(self.mask)
+        box = [int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1]
+        return {"kind": self.kind, "size": list(self.mask.shape), "area": round(self.area, 6), "box": box}
+
+    def overlap(self, true_mask: np.ndarray) -> dict[str, float]:
+        """Recall and IoU of the mask against a true one of the same shape."""
+        both = float((self.mask & true_mask).sum())
+        return {"recall": both / float(true_mask.sum()), "iou": both / float((self.mask | true_mask).sum())}
+
+    def _at(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        if shape not in self._scaled:
+            size = (shape[1], shape[0])
+            mask = np.asarray(Image.fromarray(self.mask).resize(size, Image.Resampling.NEAREST))
+            # Outside the mask the pattern is black: take the nearest pixel, so that no black bleeds into its border.
+            pattern = np.asarray(Image.fromarray(self.pattern).resize(size, Image.Resampling.NEAREST))
+            self._scaled[shape] = (mask[..., None], pattern)
+        return self._scaled[shape]
+
+
+def square_patch(
+    image_size: tuple[int, int], side: int, margin: int = 0, color: tuple[int, int, int] = (255, 255, 255)
+) -> PatchTrigger:
+    """A plain square in the lower right corner, the trigger of BadEncoder (Jia, Liu, Gong; IEEE S&P 2022).
+
+    BadEncoder uses a white 10×10 square with one pixel of margin at 32×32, and 50×50 at 224×224.
+
+    Args:
+        image_size (`tuple[int, int]`): Height and width of the image in pixels.
+        side (`int`): Side of the square in pixels.
+        margin (`int`, *optional*, defaults to 0): Pixels between the square and the lower and right border.
+        color (`tuple[int, int, int]`, *optional*, defaults to white): RGB, 0 to 255.
+    """
+    height, width = image_size
+    if side < 1 or margin < 0 or side + margin > min(height, width):
+        raise ValueError(f"A square of side {side} with margin {margin} does not fit into {height}×{width} pixels.")
+    mask = np.zeros((height, width), dtype=bool)
+    mask[height - margin - side : height - margin, width - margin - side : width - margin] = True
+    return PatchTrigger(mask, np.broadcast_to(np.array(color, dtype=np.uint8), (height, width, 3)))

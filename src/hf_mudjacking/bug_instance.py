@@ -171,7 +171,9 @@ def _checked(role: str, value: Any) -> Image.Image | str:
         try:
             return value.convert("RGB")
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"`{role}` is an image that cannot be decoded ({error}). Pass an undamaged file.") from error
+            raise ValueError(
+                f"`{role}` is an image that cannot be decoded ({error}). Pass an undamaged file."
+            ) from error
     raise TypeError(
         f"`{role}` is {_kind(value)}; a bug instance needs a raw input: a `PIL.Image.Image` or a `str`. "
         "Use `BugInstance.from_files` for paths of image files."

@@ -83,14 +83,17 @@ class MudjackingConfig(TrainingArguments):
     locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
     generalizability_weight: float = field(default=1.0, metadata={"help": "Weight of the generalizability loss."})
     reference_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the reference input within the locality and generalizability losses."}
+        default=1.0,
+        metadata={"help": "Weight of the reference input within the locality and generalizability losses."},
     )
     feature_source: str = field(
         default="auto", metadata={"help": "Where features are read.", "choices": list(get_args(FeatureSource))}
     )
     max_inputs: int = field(default=10_000, metadata={"help": "Largest number of clean inputs that are used."})
     inversion_inputs: int = field(default=32, metadata={"help": "Clean inputs on which candidates are verified."})
-    max_trigger_area: float = field(default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."})
+    max_trigger_area: float = field(
+        default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."}
+    )
     min_transfer: float = field(default=0.25, metadata={"help": "Least transfer of an inverted trigger."})
     stop_when_fixed: bool = field(
         default=True, metadata={"help": "Stop once the bug is fixed and locality has recovered."}

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -61,7 +63,9 @@ class CleanInputs(Sequence):
             rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
             dataset = dataset.select(rows.sort().values.tolist())
         if len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty. Pass clean, unlabelled inputs of the kind that the encoder is used on.")
+            raise ValueError(
+                f"`{name}` is empty. Pass clean, unlabelled inputs of the kind that the encoder is used on."
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -157,6 +161,41 @@ class PatchingDataset(Dataset):
         return {"image": self.inputs[index], "index": index, "frozen_features": self.frozen_features[index]}
 
 
+def load_inputs(
+    name: str | os.PathLike[str], split: str = "train", streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a dataset from a parquet file, a folder of images or of parquet files, or the Hub.
+
+    Args:
+        name (`str` or `os.PathLike`): `.parquet` file, folder, or Hub id; `id:config` names a configuration.
+        split (`str`, *optional*, defaults to `"train"`): Split to load.
+        streaming (`bool`, *optional*, defaults to `False`): Whether to read it as a stream.
+
+    Raises:
+        ValueError: If nothing loadable is found; the message says where it was looked for.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".parquet" and path.exists():
+            return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+        if path.is_dir():
+            files = sorted(str(file) for file in path.glob(f"{split}*.parquet"))
+            if files:
+                return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+            if any(path.glob("*.parquet")):
+                raise ValueError(f"it holds parquet files, but none whose name begins with `{split}`.")
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
+        if path.suffix or path.is_absolute():
+            raise ValueError("there is no such file or folder.")
+        hub_id, _, config = str(name).partition(":")
+        return datasets.load_dataset(hub_id, config or None, split=split, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"No dataset could be loaded from `{name}` (split `{split}`): {error} Give a Hub id, a `.parquet` file, or a "
+            "folder of images or parquet files."
+        ) from error
+
+
 @dataclass
 class PatchingCollator:
     """Collates rows into one batch of everything a step needs, for a single forward pass.
@@ -193,4 +232,3 @@ class PatchingCollator:
             "frozen_references": self.frozen_references,
             **{name: torch.cat([tensor, self._report[name]]) for name, tensor in views.items()},
         }
-

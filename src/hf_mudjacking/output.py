@@ -19,7 +19,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 RECORD_FILE = "mudjacking.json"
 # Folder of inverted triggers. Names that start with `_` are never uploaded by `Trainer.push_to_hub`.
 TRIGGER_FOLDER = "_triggers"
-_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.pt", "*.msgpack", "*.onnx", "*.gguf")
+_MODEL_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+)
 
 
 def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:

@@ -32,7 +32,7 @@ from .encoder import (
     preprocess_images,
     set_comparison_mode,
 )
-from .inversion import InvertedTrigger, invert_trigger
+from .inversion import InvertedTrigger, UnverifiedTriggerError, invert_trigger
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .output import RECORD_FILE, TRIGGER_FOLDER, check_output_dir, complete_checkpoints, staged, write_json
 from .triggers import Trigger, load_trigger
@@ -181,7 +181,8 @@ class MudjackingTrainer(Trainer):
             `list[Trigger]`: One per bug instance, also kept as `trainer.triggers`; evidence in `trainer.inversions`.
 
         Raises:
-            ValueError: If a report's inputs already agree, or no trigger with a transfer of `args.min_transfer` is found.
+            ValueError: If a report's inputs already agree.
+            UnverifiedTriggerError: If no trigger with a transfer of at least `args.min_transfer` is found.
         """
         inputs = self._require_train_inputs().sample(self.args.inversion_inputs, self.args.seed)
         self.inversions = []
@@ -196,7 +197,7 @@ class MudjackingTrainer(Trainer):
             )
             self.forward_equivalents += found.forwards
             if found.score < self.args.min_transfer:
-                raise ValueError(
+                raise UnverifiedTriggerError(
                     f"No trigger was verified in bug instance `{bug.name}`: the best candidate carries clean inputs "
                     f"{found.score:.2f} of the way to the misclassified input; at least "
                     f"`min_transfer={self.args.min_transfer}` is needed. The report may be a natural misclassification. "
@@ -391,7 +392,9 @@ class MudjackingTrainer(Trainer):
         complete = complete_checkpoints(self.args.output_dir)
         if resume_from_checkpoint is True:
             if not complete:
-                raise ValueError(f"There is no complete checkpoint in `{self.args.output_dir}`; start without resuming.")
+                raise ValueError(
+                    f"There is no complete checkpoint in `{self.args.output_dir}`; start without resuming."
+                )
             return str(complete[-1])
         folder = Path(resume_from_checkpoint)
         if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:

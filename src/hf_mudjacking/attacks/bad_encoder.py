@@ -80,7 +80,12 @@ def implant_bad_encoder(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(shadow_inputs), generator=generator) for _ in range(_passes(steps, batch_size, len(shadow_inputs)))])
+    order = torch.cat(
+        [
+            torch.randperm(len(shadow_inputs), generator=generator)
+            for _ in range(_passes(steps, batch_size, len(shadow_inputs)))
+        ]
+    )
     with tqdm(total=steps, disable=disable_tqdm, desc="Implanting BadEncoder", unit="step") as bar:
         for step in range(steps):
             rows = order[step * batch_size : (step + 1) * batch_size]

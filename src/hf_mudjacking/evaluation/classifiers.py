@@ -66,7 +66,9 @@ class MLPClassifier:
         return self.classes_[scores.argmax(dim=1).numpy()]
 
 
-def train_classifier(features: Tensor, labels: np.ndarray, kind: ClassifierKind = "logistic", seed: int = 0) -> Classifier:
+def train_classifier(
+    features: Tensor, labels: np.ndarray, kind: ClassifierKind = "logistic", seed: int = 0
+) -> Classifier:
     """Train a downstream classifier on L2-normalised features.
 
     Args:

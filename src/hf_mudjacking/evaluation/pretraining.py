@@ -49,7 +49,9 @@ def pretrain_encoder(
     generator = torch.Generator().manual_seed(seed)
     encoder = Encoder(model, processing_class)
     labels = torch.as_tensor(data.labels, dtype=torch.long)
-    pixels = torch.cat([encoder.preprocess(data.inputs[i : i + 512])["pixel_values"] for i in range(0, len(data), 512)])
+    pixels = torch.cat(
+        [encoder.preprocess(data.inputs[i : i + 512])["pixel_values"] for i in range(0, len(data), 512)]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1).to(encoder.device)

@@ -35,7 +35,9 @@ class LabelledInputs:
             raise ValueError(f"A classifier needs at least two classes; these {len(self.labels)} inputs have fewer.")
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, image_column: str = "image", label_column: str = "label") -> LabelledInputs:
+    def from_dataset(
+        cls, dataset: Dataset, image_column: str = "image", label_column: str = "label"
+    ) -> LabelledInputs:
         """Read the two columns of a `datasets.Dataset` into memory.
 
         Raises:

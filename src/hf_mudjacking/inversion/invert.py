@@ -30,6 +30,10 @@ _SECOND_ROUND_CANDIDATES = 6
 _MAX_GROWTH_LOSS = 0.05
 
 
+class UnverifiedTriggerError(ValueError):
+    """No candidate in a report has the effect of a trigger; the report may be a natural misclassification."""
+
+
 @dataclass(frozen=True)
 class InvertedTrigger:
     """A trigger found in a bug report, with its evidence.

@@ -28,9 +28,7 @@ class TransferMeter:
         ValueError: If every validation input already has the feature of x_b.
     """
 
-    def __init__(
-        self, encoder: Encoder, misclassified: Image.Image, validation_inputs: Sequence[Image.Image]
-    ) -> None:
+    def __init__(self, encoder: Encoder, misclassified: Image.Image, validation_inputs: Sequence[Image.Image]) -> None:
         self.encoder = encoder
         self.misclassified = misclassified
         self.validation_inputs = validation_inputs
@@ -68,5 +66,3 @@ class TransferMeter:
     def transfer_of_masks(self, masks: Sequence[np.ndarray], count: int | None = None) -> np.ndarray:
         """Transfer of the pixels of x_b under each mask `(H, W)`."""
         return self.transfer([PatchTrigger.from_image(self.misclassified, mask) for mask in masks], count)
-
-

@@ -1,0 +1,7 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Everything is declared in `pyproject.toml`."""
+
+from setuptools import setup
+
+
+setup()

@@ -1,0 +1,46 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
+
+Exit codes: 0 done; 1 no trigger was verified, so nothing was patched; 2 the input cannot be used; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import demo, env, invert, patch
+from .options import apply_config_file
+
+
+COMMANDS = {"demo": demo, "invert": invert, "patch": patch, "env": env}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="mudjack", description="Repair a backdoored foundation model after one bug report."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-mudjacking {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {}
+    for name, module in COMMANDS.items():
+        parsers[name] = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(parsers[name])
+    if arguments and arguments[0] in parsers:
+        apply_config_file(parsers[arguments[0]], arguments[1:])
+    options = parser.parse_args(arguments)
+    # Tables and messages are what this command prints; libraries speak up only when something is wrong.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return COMMANDS[options.command].run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        sys.stderr.write(f"mudjack {options.command}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"mudjack {options.command}: interrupted\n")
+        return 130

@@ -1,0 +1,88 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Options that several commands share, and `--config`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import yaml
+
+
+if TYPE_CHECKING:
+    from ..bug_instance import BugInstance
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config` and `--disable-tqdm`."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """The model, the bug report and the clean inputs."""
+    parser.add_argument("--model", help="Hub id or folder of the backdoored encoder")
+    parser.add_argument("--processor", help="Hub id or folder of its image processor (default: the model's)")
+    parser.add_argument("--misclassified", metavar="FILE", help="misclassified image x_b")
+    parser.add_argument("--reference", metavar="FILE", help="correctly classified image x_r of the same class")
+    parser.add_argument("--bug", metavar="FOLDER", help="bug folder, instead of the two files")
+    parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet file, or folder")
+    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument("--image-column", default="image", help="its image column (default: image)")
+    parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
+    parser.add_argument("--feature-source", default="auto", help="auto, cls, mean, pooler or projection")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
+
+
+def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Make the values of `--config FILE` the parser's defaults; unknown keys and wrong types are errors."""
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(list(arguments))[0].config
+    if path is None:
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} must hold `option: value` lines")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            known = ", ".join(sorted(action.replace("_", "-") for action in actions))
+            parser.error(f"--config {path}: unknown option `{key}`; known are: {known}")
+        action = actions[name]
+        if isinstance(action, argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                parser.error(f"--config {path}: `{key}` must be true or false, not {value!r}")
+        elif value is not None:
+            try:
+                value = action.type(value) if action.type is not None else str(value)
+            except (TypeError, ValueError):
+                parser.error(f"--config {path}: `{key}: {value!r}` is not a valid value")
+            if action.choices is not None and value not in action.choices:
+                parser.error(f"--config {path}: `{key}` must be one of {', '.join(map(str, action.choices))}")
+        parser.set_defaults(**{name: value})
+
+
+def require(options: argparse.Namespace, *names: str) -> None:
+    """Complain about options that were given neither on the command line nor in the config file."""
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is None]
+    if missing:
+        raise ValueError(f"missing: {', '.join(missing)} (on the command line or in --config)")
+
+
+def bug_from(options: argparse.Namespace) -> BugInstance:
+    """The bug instance that the options name."""
+    from ..bug_instance import BugInstance
+
+    if options.bug is not None:
+        if options.misclassified is not None or options.reference is not None:
+            raise ValueError("give either --bug FOLDER or --misclassified FILE --reference FILE, not both")
+        return BugInstance.load(options.bug)
+    require(options, "misclassified", "reference")
+    return BugInstance.from_files(options.misclassified, options.reference)

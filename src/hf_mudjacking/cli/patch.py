@@ -1,0 +1,111 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`mudjack patch`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import add_config, add_report, bug_from, require
+
+
+HELP = "Find the trigger in a bug report and patch it out of the encoder; the original checkpoint is not touched."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_report(parser)
+    parser.add_argument("--output-dir", help="folder for the patched model")
+    parser.add_argument(
+        "--labelled-train", metavar="DATA", help="labelled set for a before-and-after table: train part"
+    )
+    parser.add_argument("--labelled-test", metavar="DATA", help="its test part")
+    parser.add_argument("--label-column", default="label", help="its label column (default: label)")
+    parser.add_argument("--lora-rank", type=int, help="make the patch a LoRA adapter of this rank")
+    parser.add_argument("--max-steps", type=int, default=300, help="optimiser steps at most (default: 300)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clean inputs per step (default: 32)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    parser.add_argument("--locality-weight", type=float, default=1.0, help="weight of the locality loss")
+    parser.add_argument(
+        "--generalizability-weight", type=float, default=1.0, help="weight of the generalizability loss"
+    )
+    parser.add_argument("--min-transfer", type=float, default=0.25, help="least transfer of a trigger (default: 0.25)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--fp16", action="store_true", help="float16 autocast (GPU)")
+    add_config(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    require(options, "model", "dataset", "output_dir")
+    if (options.labelled_train is None) != (options.labelled_test is None):
+        raise ValueError("--labelled-train and --labelled-test belong together")
+    from pathlib import Path
+
+    from peft import LoraConfig
+    from rich.console import Console
+
+    from ..config import MudjackingConfig
+    from ..data import load_inputs
+    from ..encoder import load_processor
+    from ..evaluation.figures import plot_repair
+    from ..evaluation.repair import measured_repair
+    from ..evaluation.report import report_lines, report_table
+    from ..evaluation.tasks import DownstreamTask
+    from ..inversion import UnverifiedTriggerError
+    from ..output import check_output_dir, write_json
+    from ..trainer import MudjackingTrainer
+
+    check_output_dir(options.output_dir, options.model)
+    bug = bug_from(options)
+    dataset = load_inputs(options.dataset, options.split, options.streaming)
+    if options.image_column != "image":
+        dataset = dataset.rename_column(options.image_column, "image")
+    task = None
+    if options.labelled_train is not None:
+        parts = [load_inputs(options.labelled_train, "train"), load_inputs(options.labelled_test, "test")]
+        columns = {"image_column": options.image_column, "label_column": options.label_column}
+        task = DownstreamTask.from_datasets(*parts, Path(options.labelled_test).stem, **columns)
+    trainer = MudjackingTrainer(
+        model=options.model,
+        args=MudjackingConfig(
+            output_dir=options.output_dir,
+            seed=options.seed,
+            max_steps=options.max_steps,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            locality_weight=options.locality_weight,
+            generalizability_weight=options.generalizability_weight,
+            min_transfer=options.min_transfer,
+            feature_source=options.feature_source,
+            bf16=options.bf16,
+            fp16=options.fp16,
+            save_strategy="no",
+            disable_tqdm=options.disable_tqdm,
+        ),
+        bug_instances=[bug],
+        train_dataset=dataset,
+        processing_class=load_processor(options.processor or options.model),
+        peft_config=None
+        if options.lora_rank is None
+        else LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank),
+    )
+    console = Console(highlight=False)
+    try:
+        trainer.invert_triggers()
+    except UnverifiedTriggerError as error:
+        console.print(f"[bold]Nothing was patched.[/bold] {error}")
+        return 1
+    if task is None:
+        trainer.train()
+        features = {}
+    else:
+        repair = measured_repair(trainer, task)
+        features = {"before": repair.before, "after": repair.after, "labels": task.test.labels}
+        write_json(Path(options.output_dir) / "report.json", repair.report)
+        console.print(report_table(repair.report))
+        for line in report_lines(repair.report):
+            console.print(line)
+    trainer.save_model()
+    plot_repair(Path(options.output_dir) / "_repair.png", bug, trainer.inversions[0], **features)
+    console.print(
+        f"Patched model: {options.output_dir}/ (load it with AutoModel.from_pretrained); picture: _repair.png"
+    )
+    return 0

@@ -1,0 +1,95 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""One picture of a repair: what was reported, what was found, what became of the features."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from sklearn.decomposition import PCA
+
+from ..bug_instance import BugInstance
+from ..inversion import InvertedTrigger
+from ..triggers import PatchTrigger
+from .checks import TaskFeatures
+
+
+def plot_repair(
+    path: str | os.PathLike[str],
+    bug: BugInstance,
+    found: InvertedTrigger,
+    true_trigger: PatchTrigger | None = None,
+    before: TaskFeatures | None = None,
+    after: TaskFeatures | None = None,
+    labels: np.ndarray | None = None,
+) -> None:
+    """Draw x_b, x_r, the attribution, the trigger found beside the true one, and features before and after in 2-D.
+
+    Args:
+        path (`str` or `os.PathLike`): PNG file to write.
+        bug (`BugInstance`): The report.
+        found (`InvertedTrigger`): Result of the inversion.
+        true_trigger (`PatchTrigger`, *optional*): The attacker's trigger, when it is known.
+        before, after (`TaskFeatures`, *optional*): Features before and after patching; both or none.
+        labels (`np.ndarray`, *optional*): Classes of the test inputs, for colours.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: `pip install hf-mudjacking[plot]`.") from error
+
+    panels = 4 + (true_trigger is not None)
+    with_features = before is not None and after is not None
+    figure = Figure(figsize=(2.6 * panels, 8.0 if with_features else 3.0), layout="constrained")
+    top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.9]) if with_features else [figure]
+    axes = top.subplots(1, panels)
+    _show(axes[0], bug.misclassified, "Misclassified input x_b")
+    _show(axes[1], bug.reference, "Reference input x_r")
+    limit = float(np.abs(found.attribution).max()) or 1.0
+    heat = axes[2].imshow(found.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axes[2].set_title("Attribution", fontsize=10)
+    axes[2].axis("off")
+    top.colorbar(heat, ax=axes[2], shrink=0.7, label="fall of cosine distance to x_r")
+    _show(axes[3], _cutout(found.trigger), f"Inverted trigger\ntransfer {found.score:.2f}, area {found.area:.1%}")
+    if true_trigger is not None:
+        overlap = ""
+        if found.trigger.mask.shape == true_trigger.mask.shape:
+            overlap = f"\nIoU {found.trigger.overlap(true_trigger.mask)['iou']:.2f}"
+        _show(axes[4], _cutout(true_trigger), f"True trigger{overlap}")
+    if with_features:
+        _plot_features(bottom[0].subplots(1, 2, sharex=True, sharey=True), before, after, labels)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, labels: np.ndarray | None) -> None:
+    # One projection for both, fitted on clean features before patching: what moved is seen to have moved.
+    projection = PCA(2, random_state=0).fit(before.test.numpy())
+    rows = slice(0, 600)
+    for axis, features, title in ((axes[0], before, "Features before patching"), (axes[1], after, "Features after")):
+        clean, stamped = (projection.transform(part[rows].numpy()) for part in (features.test, features.stamped))
+        colors = "0.6" if labels is None else np.asarray(labels)[rows]
+        axis.scatter(*clean.T, c=colors, cmap="tab10", s=10, alpha=0.6, label="clean test inputs (colour: class)")
+        axis.scatter(*stamped.T, c="black", marker="x", s=12, linewidths=0.7, alpha=0.6, label="with the trigger")
+        for part, marker, name in ((features.misclassified, "*", "x_b"), (features.reference, "P", "x_r")):
+            point = projection.transform(part.numpy())[0]
+            axis.scatter(
+                *point, marker=marker, s=220, c="white", edgecolors="red", linewidths=1.8, label=name, zorder=3
+            )
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("first principal component")
+    axes[0].set_ylabel("second principal component")
+    axes[1].legend(fontsize=8, loc="best")
+
+
+def _show(axis: object, image: object, title: str) -> None:
+    axis.imshow(np.asarray(image))
+    axis.set_title(title, fontsize=10)
+    axis.axis("off")
+
+
+def _cutout(trigger: PatchTrigger) -> np.ndarray:
+    """The trigger on light grey, with a grey of its own for what is not part of it."""
+    return np.where(trigger.mask[..., None], trigger.pattern, np.uint8(190))

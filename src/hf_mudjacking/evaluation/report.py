@@ -1,0 +1,70 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`report.json` and the table that people read."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.table import Table
+
+
+_LIBRARIES = ("hf-mudjacking", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "captum")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that a result depends on; `"not installed"` for a missing one."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """The rates of a report as one table, every classifier of it, in percent."""
+    task = report["settings"].get("task", "task")
+    table = Table(title=f"Downstream checks on {task} (percent)", title_justify="left")
+    table.add_column("Classifier")
+    table.add_column("Encoder")
+    for name in ("BA", "ASR", "RA", "Bug fixed"):
+        table.add_column(name, justify="right")
+    blocks = {report["settings"]["classifier"]: report, **report.get("other_classifiers", {})}
+    for kind, block in blocks.items():
+        label = kind
+        if "clean" in block:
+            clean = block["clean"]
+            table.add_row(label, "never attacked", *_percent(clean["CA"], clean["ASR-B"], clean["RA"]), "")
+            label = ""
+        rows = {
+            "before patching": block["before"]["kept"],
+            "patched, classifier kept": block["after"]["kept"],
+            "patched, classifier retrained": block["after"]["retrained"],
+        }
+        for row, rates in rows.items():
+            fixed = "yes" if rates["bug_fixed"] else "no"
+            table.add_row(label, row, *_percent(rates["BA"], rates["ASR"], rates["RA"]), fixed)
+            label = ""
+        table.add_section()
+    return table
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Triggers and cost of a report, a line each."""
+    lines = []
+    for trigger in report["triggers"]:
+        known = f", IoU with the true trigger {trigger['iou']:.2f}" if "iou" in trigger else ""
+        given = f", transfer {trigger['transfer']:.2f}" if "transfer" in trigger else ", given by the user"
+        lines.append(f"Trigger: {trigger['kind']}, {trigger['area']:.1%} of the picture{given}{known}")
+    cost = report["cost"]
+    lines.append(
+        f"Cost: {cost['inversion_forwards']} forwards to invert, {cost['forward_equivalents']} forward-equivalents in all, "
+        f"{cost['steps']} steps, {cost['seconds']:.1f} s, peak memory {cost['peak_memory_mb']} MB"
+    )
+    return lines
+
+
+def _percent(*rates: float) -> list[str]:
+    return [f"{100 * rate:.1f}" for rate in rates]

@@ -23,7 +23,19 @@ _EXPORTS = {
     "load_trigger": "triggers",
 }
 
-__all__ = sorted([*_EXPORTS, "__version__"])
+__all__ = [
+    "BugInstance",
+    "Encoder",
+    "InvertedTrigger",
+    "MudjackingConfig",
+    "MudjackingTrainer",
+    "PatchTrigger",
+    "Trigger",
+    "__version__",
+    "encode",
+    "invert_trigger",
+    "load_trigger",
+]
 
 if TYPE_CHECKING:
     from .bug_instance import BugInstance

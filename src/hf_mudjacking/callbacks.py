@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from .config import MudjackingConfig
 
@@ -31,3 +31,28 @@ class StopWhenFixed(TrainerCallback):
         ]
         if args.stop_when_fixed and all(reached):
             control.should_training_stop = True
+
+
+class CompactProgress(ProgressCallback):
+    """A progress bar that carries the cosines itself, instead of printing a dictionary every few steps."""
+
+    def on_log(
+        self,
+        args: MudjackingConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "cosine_locality" in (logs or {}):
+            self.training_bar.set_postfix(
+                {goal: f"{logs[f'cosine_{goal}']:.3f}" for goal in ("effectiveness", "locality", "generalizability")}
+            )
+
+
+def use_compact_progress(trainer: Trainer) -> None:
+    """Let a trainer show [`CompactProgress`], or nothing where progress bars are disabled."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(CompactProgress)

@@ -109,7 +109,8 @@ class CleanInputs(Sequence):
                 fingerprint=uuid.uuid4().hex,
             )
         except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, ValueError) else error
+            cause = error.__cause__
+            raise (cause if isinstance(cause, ValueError) else error) from None
 
     def _as_image(self, value: Any, index: int) -> Image.Image:
         if not isinstance(value, Image.Image):

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from .attacks import Implant, implant_bad_encoder
+from .callbacks import use_compact_progress
 from .config import MudjackingConfig
 from .encoder import Encoder
 from .evaluation.checks import draw_bug_report
@@ -101,7 +102,11 @@ def run_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) -> Meas
     """
     check_output_dir(output_dir, ViTModel.__name__)
     args = MudjackingConfig(
-        output_dir=output_dir, seed=seed, save_strategy="no", report_to="none", disable_tqdm=disable_tqdm
+        output_dir=output_dir,
+        seed=seed,
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=disable_tqdm,
     )
     task = digits_task(seed)
     clean = clean_vit(task, seed, disable_tqdm)
@@ -118,6 +123,7 @@ def run_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) -> Meas
         train_dataset=images,
         processing_class=clean.processing_class,
     )
+    use_compact_progress(trainer)
     repair = measured_repair(trainer, task, true_trigger=implant.trigger, clean_encoder=clean)
     trainer.save_model()
     write_json(Path(output_dir) / "report.json", repair.report)

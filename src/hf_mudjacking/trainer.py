@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .output import RECORD_FILE, TRIGGER_FOLDER, check_output_dir, complete_chec
 from .triggers import Trigger, load_trigger
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _METRICS = (
     "loss_effectiveness",
@@ -214,8 +214,6 @@ class MudjackingTrainer(Trainer):
             return
         if self.triggers is None:
             self.invert_triggers()
-        if self.args.should_save:
-            self._save_triggers(Path(self.args.output_dir) / TRIGGER_FOLDER)
         references = self.encoder.encode([bug.reference for bug in self.bug_instances])
         self.encoder.encode([bug.misclassified for bug in self.bug_instances])  # refuses features that are not finite
         prepared = {
@@ -354,13 +352,9 @@ class MudjackingTrainer(Trainer):
             model.save_pretrained(staging, state_dict=state_dict)
             self.processing_class.save_pretrained(staging)
             if self.triggers is not None:
-                self._save_triggers(staging / TRIGGER_FOLDER)
+                for i, trigger in enumerate(self.triggers):
+                    trigger.save_pretrained(staging / TRIGGER_FOLDER / str(i))
             write_json(staging / RECORD_FILE, self._record())
-
-    def _save_triggers(self, folder: Path) -> None:
-        for i, trigger in enumerate(self.triggers):
-            with staged(folder / str(i)) as staging:
-                trigger.save_pretrained(staging)
 
     def _record(self) -> dict[str, Any]:
         """What the patch is of and how it was made; nothing of the reported inputs."""

@@ -39,9 +39,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--labelled-train and --labelled-test belong together")
     from pathlib import Path
 
+    import torch
     from peft import LoraConfig
     from rich.console import Console
 
+    from ..callbacks import use_compact_progress
     from ..config import MudjackingConfig
     from ..data import load_inputs
     from ..encoder import load_processor
@@ -78,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             bf16=options.bf16,
             fp16=options.fp16,
             save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
         ),
         bug_instances=[bug],
@@ -87,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         if options.lora_rank is None
         else LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank),
     )
+    use_compact_progress(trainer)
     console = Console(highlight=False)
     try:
         trainer.invert_triggers()

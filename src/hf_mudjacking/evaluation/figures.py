@@ -43,16 +43,19 @@ def plot_repair(
 
     panels = 4 + (true_trigger is not None)
     with_features = before is not None and after is not None
-    figure = Figure(figsize=(2.6 * panels, 8.0 if with_features else 3.0), layout="constrained")
-    top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.9]) if with_features else [figure]
+    figure = Figure(figsize=(2.6 * panels, 9.0 if with_features else 3.6), layout="constrained")
+    top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.8]) if with_features else [figure]
     axes = top.subplots(1, panels)
     _show(axes[0], bug.misclassified, "Misclassified input x_b")
     _show(axes[1], bug.reference, "Reference input x_r")
     limit = float(np.abs(found.attribution).max()) or 1.0
     heat = axes[2].imshow(found.attribution, cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes[2].set_title("Attribution", fontsize=10)
-    axes[2].axis("off")
-    top.colorbar(heat, ax=axes[2], shrink=0.7, label="fall of cosine distance to x_r")
+    axes[2].set_xticks([])
+    axes[2].set_yticks([])
+    bar = top.colorbar(heat, ax=axes[2], shrink=0.8, location="bottom")
+    bar.set_label("fall of the cosine distance to x_r", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     _show(axes[3], _cutout(found.trigger), f"Inverted trigger\ntransfer {found.score:.2f}, area {found.area:.1%}")
     if true_trigger is not None:
         overlap = ""
@@ -87,7 +90,8 @@ def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, 
 def _show(axis: object, image: object, title: str) -> None:
     axis.imshow(np.asarray(image))
     axis.set_title(title, fontsize=10)
-    axis.axis("off")
+    axis.set_xticks([])
+    axis.set_yticks([])
 
 
 def _cutout(trigger: PatchTrigger) -> np.ndarray:

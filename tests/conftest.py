@@ -1,0 +1,201 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Tiny models and images, made in code; one small ViT that was really trained and really backdoored."""
+
+import os
+
+
+# More threads than free cores make models of this size tens of times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+from transformers import ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, PatchTrigger
+from hf_mudjacking.attacks import Implant, implant_bad_encoder
+from hf_mudjacking.evaluation.classifiers import Classifier, train_classifier
+from hf_mudjacking.evaluation.pretraining import pretrain_encoder
+from hf_mudjacking.evaluation.tasks import LabelledInputs
+from hf_mudjacking.triggers import square_patch
+
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+def make_images(count: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> list[Image.Image]:
+    """Random RGB images; `size` is height and width."""
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def make_dataset(images: list[Any], **columns: list[Any]) -> datasets.Dataset:
+    """A dataset with a column `image`, and others."""
+    dataset = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def make_config(output_dir: Any, **kwargs: Any) -> MudjackingConfig:
+    """A configuration for tests: CPU, silent, eight inputs a step, no early stop, no checkpoints."""
+    defaults = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "stop_when_fixed": False,
+        "dataloader_pin_memory": False,
+    }
+    return MudjackingConfig(output_dir=str(output_dir), **{**defaults, **kwargs})
+
+
+def pixels_by_hand(images: list[Image.Image]) -> Tensor:
+    """What a processor with mean and standard deviation 0.5 and no resizing does."""
+    array = np.stack([np.asarray(image.convert("RGB")) for image in images]).astype(np.float32)
+    return torch.from_numpy((array / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a if a[name].numel())
+
+
+@pytest.fixture(scope="session")
+def processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+@pytest.fixture(scope="session")
+def _tiny_vit() -> ViTModel:
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(**TINY, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
+    with torch.no_grad():
+        # The initial positions and class token are nearly nothing; a trained model's are not.
+        model.embeddings.position_embeddings.normal_(std=0.5)
+        model.embeddings.cls_token.normal_(std=0.5)
+        for parameter in model.parameters():
+            if parameter.dim() in (2, 4):
+                parameter.mul_(10)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_vit(_tiny_vit: ViTModel) -> ViTModel:
+    """A random ViT with dropout and an unused pooler, whose features differ clearly from image to image."""
+    return copy.deepcopy(_tiny_vit)
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    return make_images(16)
+
+
+@pytest.fixture
+def dataset(images: list[Image.Image]) -> datasets.Dataset:
+    return make_dataset(images)
+
+
+@pytest.fixture
+def trigger() -> PatchTrigger:
+    return square_patch((16, 16), 4)
+
+
+@pytest.fixture
+def bug(trigger: PatchTrigger) -> BugInstance:
+    x_b, x_r = make_images(2, seed=100)
+    return BugInstance(trigger.apply(x_b), x_r)
+
+
+@dataclass
+class Backdoored:
+    """A ViT pretrained on digits, with a BadEncoder backdoor in it, and what its client has."""
+
+    clean_model: ViTModel
+    implant: Implant
+    processor: ViTImageProcessorPil
+    trigger: PatchTrigger
+    train: LabelledInputs
+    test: LabelledInputs
+    kept: Classifier
+    target: int
+
+    def model(self) -> ViTModel:
+        """A fresh copy."""
+        return copy.deepcopy(self.implant.model)
+
+    def bug(self, seed: int = 0) -> BugInstance:
+        """A random report: a triggered test input of another class than the target, and one of the same class."""
+        rng = np.random.default_rng(seed)
+        i = rng.choice(np.flatnonzero(self.test.labels != self.target))
+        j = rng.choice([k for k in np.flatnonzero(self.test.labels == self.test.labels[i]) if k != i])
+        return BugInstance(self.trigger.apply(self.test.inputs[i]), self.test.inputs[j], name=f"report-{seed}")
+
+    def dataset(self, count: int | None = None) -> datasets.Dataset:
+        return make_dataset(self.train.inputs[:count])
+
+    def rates(self, model: ViTModel, classifier: Classifier) -> dict[str, float]:
+        """BA, ASR and RA, computed with numpy alone."""
+        encoder = Encoder(model, self.processor)
+        clean = classifier.predict(encoder.encode(self.test.inputs).numpy())
+        stamped = classifier.predict(encoder.encode([self.trigger.apply(x) for x in self.test.inputs]).numpy())
+        other = self.test.labels != self.target
+        return {
+            "BA": float((clean == self.test.labels).mean()),
+            "ASR": float((stamped[other] == self.target).mean()),
+            "RA": float((stamped[other] == self.test.labels[other]).mean()),
+        }
+
+
+@pytest.fixture(scope="session")
+def backdoored(processor: ViTImageProcessorPil) -> Backdoored:
+    digits = load_digits()
+    pixels = np.clip(digits.images * 255 / 16, 0, 255).astype(np.uint8)
+    images = [Image.fromarray(x).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR) for x in pixels]
+    order = np.random.default_rng(0).permutation(len(images))
+    data = LabelledInputs([images[i] for i in order], digits.target[order])
+    train, test = data.select(range(1200)), data.select(range(1200, len(data)))
+    torch.manual_seed(0)
+    config = ViTConfig(
+        **{**TINY, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = ViTModel(config, add_pooling_layer=False)
+    pretrain_encoder(model, processor, train, epochs=25, batch_size=64, crop_padding=1, disable_tqdm=True)
+    trigger = square_patch((16, 16), 4)
+    target = 0
+    reference = train.inputs[int(np.flatnonzero(train.labels == target)[0])]
+    implant = implant_bad_encoder(
+        model, processor, train.inputs, trigger, reference, test, steps=200, disable_tqdm=True
+    )
+    features = Encoder(copy.deepcopy(implant.model), processor).encode(train.inputs)
+    kept = train_classifier(features, train.labels)
+    return Backdoored(model, implant, processor, trigger, train, test, kept, target)

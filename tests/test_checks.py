@@ -1,0 +1,139 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+
+import numpy as np
+import pytest
+import torch
+
+from hf_mudjacking import Encoder
+from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, TaskFeatures, compare_downstream
+from hf_mudjacking.evaluation.checks import downstream_rates, draw_bug_report, task_features
+from hf_mudjacking.evaluation.report import library_versions, report_lines, report_table
+
+from .conftest import make_images
+
+
+def one_hot(classes: list[int]) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(classes), 3).float()
+
+
+class ReadsOneHot:
+    """A classifier whose prediction is the position of the largest feature."""
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return features.argmax(axis=1)
+
+
+@pytest.fixture
+def toy_task() -> DownstreamTask:
+    """Test labels 0, 1, 1, 2; train labels 0, 1, 2 four times each."""
+    images = make_images(16)
+    return DownstreamTask(
+        LabelledInputs(images[:12], np.tile([0, 1, 2], 4)), LabelledInputs(images[12:], np.array([0, 1, 1, 2])), "toy"
+    )
+
+
+def toy_features(test: list[int], stamped: list[int], misclassified: int) -> TaskFeatures:
+    return TaskFeatures(
+        train=one_hot([0, 1, 2] * 4),
+        test=one_hot(test),
+        stamped=one_hot(stamped),
+        misclassified=one_hot([misclassified]),
+        reference=one_hot([1]),
+    )
+
+
+def test_rates_by_hand(toy_task):
+    features = toy_features(test=[0, 1, 2, 2], stamped=[0, 0, 1, 0], misclassified=0)
+    rates = downstream_rates(ReadsOneHot(), features, toy_task, target=0)
+    # Clean: 3 of 4 right. Triggered inputs of other classes: predicted 0, 1, 0 with the truth 1, 1, 2.
+    assert rates == {"BA": 0.75, "ASR": pytest.approx(2 / 3), "RA": pytest.approx(1 / 3), "bug_fixed": False}
+
+
+def test_comparison_keeps_one_classifier_and_retrains_the_other(toy_task):
+    before = toy_features(test=[0, 1, 1, 2], stamped=[0, 0, 0, 0], misclassified=0)
+    # The patched encoder permutes its features: a retrained classifier follows, the kept one cannot.
+    turned = {0: 1, 1: 2, 2: 0}
+    after = TaskFeatures(
+        train=one_hot([turned[c] for c in [0, 1, 2] * 4]),
+        test=one_hot([turned[c] for c in [0, 1, 1, 2]]),
+        stamped=one_hot([turned[c] for c in [0, 1, 1, 2]]),
+        misclassified=one_hot([turned[1]]),
+        reference=one_hot([turned[1]]),
+    )
+    result = compare_downstream(before, after, toy_task)
+    assert result["before"]["kept"] == {"BA": 1.0, "ASR": 1.0, "RA": 0.0, "bug_fixed": False}
+    assert result["after"]["retrained"] == {"BA": 1.0, "ASR": 0.0, "RA": 1.0, "bug_fixed": True}
+    assert result["after"]["kept"]["BA"] == 0.0
+    assert "clean" not in result
+    with_clean = compare_downstream(before, after, toy_task, clean=toy_features([0, 1, 1, 2], [0, 1, 0, 2], 1))
+    assert with_clean["clean"] == {"CA": 1.0, "ASR-B": pytest.approx(1 / 3), "RA": pytest.approx(2 / 3)}
+
+
+def test_drawn_report_is_one_that_a_client_would_make(backdoored):
+    task = DownstreamTask(backdoored.train, backdoored.test, "digits")
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    bug = draw_bug_report(encoder, task, backdoored.trigger, seed=3)
+    predictions = backdoored.kept.predict(encoder.encode([bug.misclassified, bug.reference]).numpy())
+    assert predictions[0] == backdoored.target
+    assert predictions[1] != backdoored.target
+    again = draw_bug_report(encoder, task, backdoored.trigger, seed=3)
+    assert np.array_equal(np.asarray(bug.misclassified), np.asarray(again.misclassified))
+
+
+def test_no_report_from_a_clean_encoder(backdoored):
+    half = backdoored.test.select(range(40))
+    task = DownstreamTask(backdoored.train, half, "digits")
+
+    class DoesNothing:
+        def apply(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="changes no correct prediction"):
+        draw_bug_report(Encoder(backdoored.clean_model, backdoored.processor), task, DoesNothing())
+
+
+def test_task_features_stamp_the_raw_inputs(backdoored):
+    task = DownstreamTask(backdoored.train.select(range(20)), backdoored.test.select(range(10)), "digits")
+    encoder, bug = Encoder(backdoored.model(), backdoored.processor), backdoored.bug()
+    features = task_features(encoder, task, backdoored.trigger, bug, disable_tqdm=True)
+    by_hand = encoder.encode([backdoored.trigger.apply(task.test.inputs[4])])
+    assert torch.allclose(features.stamped[4:5], by_hand, atol=1e-6)
+    assert features.train.shape == (20, 64)
+    assert torch.allclose(features.misclassified, encoder.encode([bug.misclassified]), atol=1e-6)
+
+
+def test_table_and_lines_show_the_figures():
+    rates = {"BA": 0.9, "ASR": 0.123, "RA": 0.8, "bug_fixed": True}
+    block = {"before": {"kept": rates, "retrained": rates}, "after": {"kept": rates, "retrained": rates}}
+    report = {
+        **block,
+        "clean": {"CA": 0.95, "ASR-B": 0.01, "RA": 0.9},
+        "other_classifiers": {"mlp": block},
+        "triggers": [{"kind": "patch", "area": 0.0625, "transfer": 0.97, "iou": 0.8, "recall": 1.0}],
+        "cost": {
+            "inversion_forwards": 10,
+            "forward_equivalents": 100,
+            "steps": 3,
+            "seconds": 1.5,
+            "peak_memory_mb": 7,
+        },
+        "settings": {"classifier": "logistic", "task": "toy"},
+    }
+    table = report_table(report)
+    assert table.row_count == 7
+    cells = list(table.columns[3].cells)
+    assert cells[:2] == ["1.0", "12.3"]
+    lines = report_lines(report)
+    assert "IoU with the true trigger 0.80" in lines[0]
+    assert "100 forward-equivalents" in lines[1]
+
+
+def test_versions_name_what_is_installed():
+    assert library_versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_labelled_inputs_must_pair_up_and_differ(images):
+    with pytest.raises(ValueError, match="16 inputs and 3 labels"):
+        LabelledInputs(images, np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match="at least two classes"):
+        LabelledInputs(images, np.zeros(16))

@@ -1,0 +1,192 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The command line on a real backdoored model, as a user has it: folders and files."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModel
+
+from hf_mudjacking import BugInstance, Encoder, load_trigger
+from hf_mudjacking.cli import main
+
+from .conftest import Backdoored, make_dataset
+
+
+@pytest.fixture(scope="module")
+def files(backdoored: Backdoored, tmp_path_factory) -> dict[str, str]:
+    """Model folder, report, clean inputs and labelled sets on disk."""
+    root = tmp_path_factory.mktemp("cli")
+    backdoored.model().save_pretrained(root / "model")
+    backdoored.processor.save_pretrained(root / "model")
+    bug = backdoored.bug(seed=5)
+    bug.misclassified.save(root / "wrong.png")
+    bug.reference.save(root / "right.png")
+    bug.save(root / "bug")
+    backdoored.dataset(400).to_parquet(root / "clean.parquet")
+    for part, data in (("train", backdoored.train), ("test", backdoored.test)):
+        make_dataset(data.inputs, label=data.labels.tolist()).to_parquet(root / f"{part}.parquet")
+    folder = root / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(backdoored.train.inputs[:40]):
+        image.save(folder / f"{i}.png")
+    return {
+        name: str(root / path)
+        for name, path in {
+            "model": "model",
+            "wrong": "wrong.png",
+            "right": "right.png",
+            "bug": "bug",
+            "clean": "clean.parquet",
+            "train": "train.parquet",
+            "test": "test.parquet",
+            "pictures": "pictures",
+        }.items()
+    }
+
+
+def report_options(files: dict[str, str], dataset: str = "clean") -> list[str]:
+    return ["--model", files["model"], "--bug", files["bug"], "--dataset", files[dataset], "--disable-tqdm"]
+
+
+@pytest.mark.parametrize("command", ["demo", "invert", "patch", "env"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: mudjack" in capsys.readouterr().out
+
+
+def test_env_names_versions(capsys):
+    assert main(["env"]) == 0
+    assert "- transformers: " in capsys.readouterr().out
+
+
+def test_invert_finds_the_trigger_and_changes_nothing(files, backdoored, tmp_path, capsys):
+    options = ["--model", files["model"], "--misclassified", files["wrong"], "--reference", files["right"]]
+    code = main(
+        ["invert", *options, "--dataset", files["pictures"], "--output-dir", str(tmp_path / "out"), "--disable-tqdm"]
+    )
+    assert code == 0
+    assert capsys.readouterr().out.startswith("Verified: transfer 0.9")
+    assert load_trigger(tmp_path / "out").overlap(backdoored.trigger.mask)["recall"] >= 0.9
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "inversion.png",
+        "trigger.json",
+        "trigger.safetensors",
+    ]
+
+
+def test_invert_says_when_nothing_is_verified(files, backdoored, tmp_path, capsys):
+    labels = backdoored.test.labels
+    a, b = (backdoored.test.inputs[int(np.flatnonzero(labels == label)[0])] for label in (3, 8))
+    BugInstance(a, b).save(tmp_path / "natural")
+    options = ["--model", files["model"], "--bug", str(tmp_path / "natural"), "--dataset", files["clean"]]
+    code = main(["invert", *options, "--output-dir", str(tmp_path / "out"), "--min-transfer", "0.5", "--disable-tqdm"])
+    assert code == 1
+    assert capsys.readouterr().out.startswith("NOT verified")
+    code = main(["patch", *options, "--output-dir", str(tmp_path / "p"), "--min-transfer", "0.5", "--disable-tqdm"])
+    assert code == 1
+    assert "Nothing was patched" in capsys.readouterr().out
+    assert not list((tmp_path / "p").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_patch_from_a_config_file_repairs_and_reports(files, backdoored, tmp_path, capsys):
+    config = tmp_path / "patch.yaml"
+    config.write_text(
+        f"model: {files['model']}\nbug: {files['bug']}\ndataset: {files['clean']}\nmax-steps: 5\nbatch_size: 16\n"
+        f"labelled-train: {files['train']}\nlabelled-test: {files['test']}\ndisable-tqdm: true\n"
+    )
+    out = tmp_path / "patched"
+    # The command line overrides the file: 120 steps, not 5.
+    assert main(["patch", "--config", str(config), "--output-dir", str(out), "--max-steps", "120"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["max_steps"] == 120
+    assert report["settings"]["batch_size"] == 16
+    assert report["settings"]["trigger_measured"] == "inverted"
+    assert report["before"]["kept"]["ASR"] >= 0.95
+    assert report["before"]["kept"]["bug_fixed"] is False
+    for protocol in ("kept", "retrained"):
+        rates = report["after"][protocol]
+        assert rates["ASR"] <= 0.05
+        assert rates["RA"] >= 0.9
+        assert rates["bug_fixed"] is True
+    assert "patched, classifier kept" in capsys.readouterr().out
+    patched = AutoModel.from_pretrained(out, add_pooling_layer=False)
+    assert backdoored.rates(patched, backdoored.kept)["ASR"] <= 0.05
+    assert Image.open(out / "_repair.png").size[0] > 500
+
+
+def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
+    from peft import PeftModel
+
+    out = tmp_path / "adapter"
+    options = [*report_options(files), "--streaming", "--lora-rank", "4", "--max-steps", "40", "--batch-size", "8"]
+    assert main(["patch", *options, "--learning-rate", "3e-3", "--output-dir", str(out)]) == 0
+    assert not (out / "model.safetensors").exists()
+    bug = BugInstance.load(files["bug"])
+    model = PeftModel.from_pretrained(backdoored.model(), out)
+    before = Encoder(backdoored.model(), backdoored.processor).encode([bug.misclassified, bug.reference])
+    after = Encoder(model, backdoored.processor).encode([bug.misclassified, bug.reference])
+    assert before[0] @ before[1] < 0.6
+    assert after[0] @ after[1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "/nowhere/model"}, "No model could be loaded"),
+        ({"--dataset": "/nowhere/data.parquet"}, "no such file or folder"),
+        ({"--bug": "/nowhere/bug"}, "is not a bug folder"),
+        ({"--image-column": "picture"}, "picture"),
+        ({"--feature-source": "logits"}, "is unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(change, message, files, tmp_path, capsys):
+    values = {"--model": files["model"], "--bug": files["bug"], "--dataset": files["clean"], **change}
+    flat = [part for pair in values.items() for part in pair]
+    out = tmp_path / "out"
+    assert main(["patch", *flat, "--output-dir", str(out), "--disable-tqdm"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(out.rglob("*.safetensors"))
+
+
+def test_output_over_another_model_is_refused(files, capsys):
+    assert main(["patch", *report_options(files), "--output-dir", files["model"]]) == 2
+    assert "holds another model" in capsys.readouterr().err
+
+
+def test_missing_options_are_named(capsys):
+    assert main(["patch", "--model", "x"]) == 2
+    assert "--dataset, --output-dir" in capsys.readouterr().err
+    assert main(["patch", "--model", "x", "--dataset", "y", "--output-dir", "z", "--labelled-train", "w"]) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
+def test_both_forms_of_a_report_are_too_many(files, tmp_path, capsys):
+    code = main(["patch", *report_options(files), "--reference", files["right"], "--output-dir", str(tmp_path / "o")])
+    assert code == 2
+    assert "not both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("max-step: 5", "unknown option `max-step`"),
+        ("max-steps: many", "not a valid value"),
+        ("bf16: maybe", "must be true or false"),
+        ("- a\n- b", "must hold"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_config_files(content, message, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["patch", "--config", str(path)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

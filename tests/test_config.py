@@ -1,0 +1,91 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+import dataclasses
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_mudjacking import MudjackingConfig
+
+from .conftest import make_config
+
+
+def _defaults(cls):
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def test_own_defaults():
+    defaults = _defaults(MudjackingConfig)
+    expected = {
+        "locality_weight": 1.0,
+        "generalizability_weight": 1.0,
+        "reference_weight": 1.0,
+        "feature_source": "auto",
+        "max_inputs": 10_000,
+        "inversion_inputs": 32,
+        "max_trigger_area": 0.4,
+        "min_transfer": 0.25,
+        "stop_when_fixed": True,
+    }
+    assert {name: defaults[name] for name in expected} == expected
+
+
+def test_the_docstring_lists_every_changed_default():
+    base, own = _defaults(TrainingArguments), _defaults(MudjackingConfig)
+    changed = {name for name in base if base[name] != own[name]}
+    assert changed == {
+        "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
+        "lr_scheduler_type", "warmup_steps", "logging_steps", "dataloader_drop_last", "remove_unused_columns",
+    }  # fmt: skip
+    for name in changed:
+        listed = [line for line in MudjackingConfig.__doc__.splitlines() if f"> - `{name}`" in line]
+        assert len(listed) == 1, name
+    for name in own.keys() - base.keys():
+        assert name in MudjackingConfig.__doc__, name
+
+
+def test_every_own_field_has_a_help_text():
+    base = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert all(field.metadata.get("help") for field in dataclasses.fields(MudjackingConfig) if field.name not in base)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("locality_weight", -0.1, "`locality_weight=-0.1` is negative"),
+        ("generalizability_weight", -1, "`generalizability_weight=-1` is negative"),
+        ("reference_weight", -1, "`reference_weight=-1` is negative"),
+        ("max_trigger_area", 1.5, "`max_trigger_area=1.5` is not a share"),
+        ("min_transfer", -0.5, "`min_transfer=-0.5` is not a share"),
+        ("max_inputs", 3, "`max_inputs=3` is too small"),
+        ("inversion_inputs", 0, "`inversion_inputs=0` is too small"),
+        ("feature_source", "last", "`feature_source='last'` is unknown; choose one of auto, cls"),
+    ],
+)
+def test_bad_values(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["locality_weight", "generalizability_weight", "reference_weight", "min_transfer"])
+def test_zero_is_allowed(tmp_path, name):
+    assert getattr(make_config(tmp_path, **{name: 0}), name) == 0
+
+
+def test_command_line(tmp_path):
+    arguments = ["--output_dir", str(tmp_path), "--locality_weight", "2.5", "--stop_when_fixed", "false"]
+    (config,) = HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--use_cpu"])
+    assert (config.locality_weight, config.stop_when_fixed, config.learning_rate) == (2.5, False, 3e-4)
+    with pytest.raises(SystemExit):
+        HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--feature_source", "last"])
+
+
+def test_json_round_trip(tmp_path):
+    config = make_config(tmp_path, locality_weight=3.0, warmup_steps=0.1)
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    (loaded,) = HfArgumentParser(MudjackingConfig).parse_json_file(tmp_path / "config.json", allow_extra_keys=True)
+    assert (loaded.locality_weight, loaded.warmup_steps, loaded.seed) == (3.0, 0.1, 42)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.05, 15), (0.5, 150), (20, 20), (0, 0)])
+def test_warmup_is_a_share_below_one(tmp_path, warmup, steps):
+    assert make_config(tmp_path, warmup_steps=warmup).get_warmup_steps(300) == steps

@@ -1,0 +1,376 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Features against model outputs read by hand, for every family."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.nn.functional import normalize
+from transformers import (
+    BeitConfig,
+    BeitModel,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    ConvNextModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_mudjacking import Encoder, encode
+from hf_mudjacking.encoder import freeze_norm_statistics, load_model, load_processor, set_comparison_mode
+from hf_mudjacking.triggers import square_patch
+
+from .conftest import TINY, make_images, pixels_by_hand
+
+
+FAMILIES = {
+    "vit": (lambda: ViTModel(ViTConfig(**TINY)), "cls"),
+    "deit": (lambda: DeiTModel(DeiTConfig(**TINY)), "cls"),
+    "dinov2": (lambda: Dinov2Model(Dinov2Config(**TINY)), "cls"),
+    "beit": (lambda: BeitModel(BeitConfig(**TINY)), "cls"),
+    "swin": (
+        lambda: SwinModel(
+            SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+        ),
+        "pooler",
+    ),
+    "convnext": (
+        lambda: ConvNextModel(ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=16)),
+        "pooler",
+    ),
+    "resnet": (
+        lambda: ResNetModel(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", image_size=16)
+        ),
+        "pooler",
+    ),
+    "clip-projection": (
+        lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=12, **TINY)),
+        "projection",
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    torch.manual_seed(0)
+    build, source = FAMILIES[request.param]
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Zero class tokens and positions would make some mistakes invisible.
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model, source
+
+
+def _read_by_hand(model, images, source):
+    with torch.no_grad():
+        outputs = model.eval()(pixel_values=pixels_by_hand(images))
+    if source == "cls":
+        return outputs.last_hidden_state[:, 0]
+    if source == "projection":
+        return outputs.image_embeds
+    if source == "mean":
+        hidden = outputs.last_hidden_state
+        return hidden.mean(1) if hidden.dim() == 3 else hidden.mean(-1).mean(-1)
+    return outputs.pooler_output.reshape(len(images), -1)
+
+
+def test_auto_reads_the_right_output(family, processor):
+    model, source = family
+    images = make_images(5)
+    expected = _read_by_hand(copy.deepcopy(model), images, source)
+    encoder = Encoder(model, processor)
+    features = encoder.encode(images, batch_size=2)
+    assert encoder.feature_source == source
+    assert encoder.feature_dim == expected.shape[1] == features.shape[1]
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected / expected.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-5)
+    assert (features @ features.T).min() < 0.9999, "the features must differ for this test to mean anything"
+
+
+@pytest.mark.parametrize("source", ["mean", "pooler", "cls"])
+def test_named_sources(source, family, processor):
+    model, auto = family
+    images = make_images(3)
+    outputs = model(pixel_values=pixels_by_hand(images))
+    readable = {
+        "mean": True,
+        "cls": outputs.last_hidden_state.dim() == 3,
+        "pooler": outputs.get("pooler_output") is not None,
+    }
+    if not readable[source]:
+        with pytest.raises(ValueError, match=f"gives no feature for `feature_source='{source}'`.*{auto}"):
+            Encoder(model, processor, source)
+        return
+    features = Encoder(model, processor, source).encode(images)
+    expected = normalize(_read_by_hand(model, images, source), dim=-1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_features_have_unit_norm_and_no_batch_size(family, processor):
+    encoder = Encoder(family[0], processor)
+    images = make_images(7)
+    one, all_at_once = encoder.encode(images, batch_size=1), encoder.encode(images, batch_size=7)
+    torch.testing.assert_close(all_at_once.norm(dim=1), torch.ones(7))
+    torch.testing.assert_close(one, all_at_once, atol=1e-5, rtol=1e-5)
+
+
+def test_encode_reads_generators_and_nothing(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    images = make_images(5)
+    torch.testing.assert_close(encoder.encode(x for x in images), encoder.encode(images))
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_encode_is_the_same_in_training_mode_and_restores_it(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    expected = encoder.encode(make_images(4))
+    tiny_vit.train()
+    tiny_vit.pooler.eval()
+    assert torch.equal(encoder.encode(make_images(4)), expected), "dropout was on"
+    assert tiny_vit.training
+    assert tiny_vit.layers[0].training
+    assert not tiny_vit.pooler.training
+
+
+def test_features_are_differentiable(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    encoder.features(encoder.preprocess(make_images(2)))[:, 0].sum().backward()
+    assert tiny_vit.embeddings.patch_embeddings.projection.weight.grad.abs().sum() > 0
+
+
+# ---- Batch normalisation ----
+
+
+def test_batch_norm_is_frozen_and_training_leaves_it(processor):
+    torch.manual_seed(0)
+    model = FAMILIES["resnet"][0]()
+    freeze_norm_statistics(model)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    before = [copy.deepcopy(module.state_dict()) for module in norms]
+    assert len(norms) > 3
+    assert not any(parameter.requires_grad for module in norms for parameter in module.parameters())
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(others) == sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    encoder = Encoder(model, processor)
+    optimizer = torch.optim.SGD(others, lr=0.1)
+    for _ in range(3):
+        model.train()
+        set_comparison_mode(model)
+        optimizer.zero_grad()
+        encoder.features(encoder.preprocess(make_images(4)))[:, 0].sum().backward()
+        optimizer.step()
+    for module, state in zip(norms, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+# ---- Preprocessing ----
+
+
+def test_resize_and_crop_on_raw_images_of_any_shape(tiny_vit):
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    images = [make_images(1, size)[0] for size in [(40, 25), (20, 33), (16, 16), (90, 31)]]
+    by_hand = []
+    for image in images:
+        width, height = image.size
+        scale = 20 / min(width, height)
+        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - 16) // 2, (image.height - 16) // 2
+        by_hand.append(image.crop((left, top, left + 16, top + 16)))
+    encoder = Encoder(tiny_vit, processor)
+    torch.testing.assert_close(
+        encoder.preprocess(images)["pixel_values"], pixels_by_hand(by_hand), atol=2.1 / 127.5, rtol=0
+    )
+    features = encoder.encode(images, batch_size=3)
+    expected = normalize(_read_by_hand(tiny_vit, by_hand, "cls"), dim=-1)
+    assert (features * expected).sum(1).min() > 0.999
+
+
+def test_the_trigger_is_stamped_before_the_processor(tiny_vit):
+    """On a raw 32×32 picture; the crop then cuts half of it away, and what the model sees is the rest."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    image = make_images(1, (32, 32))[0]
+    trigger = square_patch((16, 16), 6)
+    seen = Encoder(tiny_vit, processor).preprocess([trigger.apply(image)])["pixel_values"][0]
+    expected = np.asarray(image).copy()
+    expected[20:, 20:] = 255
+    torch.testing.assert_close(seen, pixels_by_hand([Image.fromarray(expected[8:24, 8:24])])[0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_other_modes_are_made_rgb(tiny_vit, processor, mode):
+    image = make_images(1)[0].convert(mode)
+    encoder = Encoder(tiny_vit, processor)
+    torch.testing.assert_close(encoder.encode([image]), encoder.encode([image.convert("RGB")]))
+
+
+def test_grayscale_model():
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(num_channels=1, **TINY)).eval()
+    processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5], image_std=[0.5])
+    images = make_images(3)
+    grey = torch.from_numpy(np.stack([np.asarray(x.convert("L")) for x in images])).float()[:, None]
+    with torch.no_grad():
+        expected = normalize(model(pixel_values=(grey / 255 - 0.5) / 0.5).last_hidden_state[:, 0], dim=-1)
+    torch.testing.assert_close(encode(model, images, processor), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- Loading ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_whatever_the_checkpoint_says(tiny_vit, processor, tmp_path, dtype):
+    tiny_vit.to(dtype).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    images = make_images(3)
+    torch.testing.assert_close(
+        encode(str(tmp_path), images), encode(tiny_vit.float(), images, processor), atol=1e-5, rtol=1e-5
+    )
+    assert load_model(tmp_path, dtype=dtype).dtype == dtype
+
+
+def test_processor_is_found_beside_the_model(tiny_vit, processor, tmp_path):
+    tiny_vit.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Pass `processing_class`"):
+        load_processor(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert tuple(load_processor(ViTModel.from_pretrained(tmp_path)).image_mean) == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"for `ViTModel` \(the model was built in memory"):
+        load_processor(tiny_vit)
+
+
+def test_loading_nothing(tmp_path):
+    with pytest.raises(ValueError, match="No model could be loaded from"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="No model could be loaded from `no-one/nothing`"):
+        load_model("no-one/nothing")
+
+
+# ---- Refusals ----
+
+
+def test_model_with_a_head(processor):
+    model = ViTForImageClassification(ViTConfig(**TINY))
+    with pytest.raises(ValueError, match=r"its outputs are: logits\. Load the bare encoder with `AutoModel`"):
+        Encoder(model, processor)
+
+
+def test_model_that_returns_no_outputs_by_name(tiny_vit, processor):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = tiny_vit
+            self.config = tiny_vit.config
+
+        def forward(self, pixel_values):
+            return self.vit(pixel_values).last_hidden_state
+
+    with pytest.raises(ValueError, match=r"`Bare` gives no feature.*outputs are: Tensor"):
+        Encoder(Bare(), processor)
+
+
+def test_text_model(processor):
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    with pytest.raises(ValueError, match="`BertModel` takes `input_ids`, not images"):
+        Encoder(BertModel(config), processor)
+
+
+def test_processor_of_another_model(tiny_vit):
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 224, 224\) made by `ViTImageProcessorPil`"):
+        Encoder(tiny_vit, ViTImageProcessorPil())
+    with pytest.raises(ValueError, match="seems to belong to another model"):
+        Encoder(ViTModel(ViTConfig(num_channels=1, **TINY)), CLIPImageProcessorPil())
+
+
+@pytest.mark.parametrize("wrong", ["tokenizer", None, 3, "vit"])
+def test_something_else_as_processor(tiny_vit, wrong):
+    if wrong == "tokenizer":
+        wrong = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")))
+    with pytest.raises(ValueError, match=f"`{type(wrong).__name__}` did not turn an image into `pixel_values`"):
+        Encoder(tiny_vit, wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights(tiny_vit, processor, value):
+    with torch.no_grad():
+        tiny_vit.layers[1].attention.q_proj.weight[0, 0] = value
+    with pytest.raises(ValueError, match=r"NaN or infinite features for 3 of 3 inputs \(the first is input 0\)"):
+        encode(tiny_vit, make_images(3), processor)
+
+
+def test_broken_features_of_some_inputs(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    images = make_images(5)
+    real, calls = encoder.features, []
+
+    def broken(inputs, model=None):
+        features = real(inputs, model)
+        calls.append(len(features))
+        if len(calls) == 2:
+            features[1] = float("nan")
+        return features
+
+    encoder.features = broken
+    with pytest.raises(ValueError, match=r"for 1 of 5 inputs \(the first is input 3\)"):
+        encoder.encode(images, batch_size=2)
+
+
+def test_unknown_feature_source(tiny_vit, processor):
+    with pytest.raises(ValueError, match="`feature_source='last'` is unknown; choose one of auto, cls, mean"):
+        Encoder(tiny_vit, processor, "last")
+    with pytest.raises(ValueError, match=r"no feature for `feature_source='projection'`.*'cls', 'pooler', 'mean'"):
+        Encoder(tiny_vit, processor, "projection")
+
+
+def test_a_model_that_masks_at_random(processor):
+    model = ViTMAEModel(ViTMAEConfig(**TINY))
+    with pytest.raises(ValueError, match="different features for the same image"):
+        Encoder(model, processor)
+
+
+# ---- Unused parameters ----
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "unused"),
+    [
+        ("vit", "auto", {"pooler.dense.weight", "pooler.dense.bias"}),
+        ("vit", "pooler", set()),
+        ("dinov2", "auto", {"embeddings.mask_token"}),
+        ("beit", "auto", {"pooler.layernorm.weight", "pooler.layernorm.bias"}),
+        ("swin", "auto", set()),
+        ("resnet", "auto", set()),
+    ],
+)
+def test_unused_parameters(processor, name, source, unused):
+    encoder = Encoder(FAMILIES[name][0](), processor, source)
+    assert set(encoder.unused_parameters()) == unused
+    assert all(parameter.grad is None for parameter in encoder.model.parameters())

@@ -1,0 +1,320 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
+from hf_mudjacking.inversion.attribution import occlusion_map, window_sizes
+from hf_mudjacking.inversion.growth import grow, purify
+from hf_mudjacking.inversion.splitting import candidate_masks, distinct, heaviest_piece, two_clusters
+from hf_mudjacking.inversion.verification import TransferMeter
+from hf_mudjacking.triggers import square_patch
+
+from .conftest import make_images
+
+
+class ColorEncoder:
+    """Stands in for an encoder: the feature is the normalised mean colour of an image."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def encode(self, images):
+        self.seen += len(images)
+        colors = np.stack([np.asarray(image, dtype=np.float32).reshape(-1, 3).mean(0) for image in images])
+        return torch.nn.functional.normalize(torch.from_numpy(colors), dim=1)
+
+
+def _plain(color, size=(4, 4)):
+    return Image.new("RGB", size, color)
+
+
+# ---- Attribution ----
+
+
+def test_occlusion_map_by_hand():
+    """The score is one pixel; only windows that cover it let it fall."""
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+    image[1, 1] = 200
+    score = lambda batch: torch.from_numpy(batch[:, 1, 1, 0] / 200)  # noqa: E731
+    found = occlusion_map(score, image, np.zeros_like(image), (2, 2))
+    # Nine 2×2 windows with stride 1, four of them cover (1, 1). Pixel (0, 0) lies under one window, which covers it;
+    # (0, 1) under two, both cover it; (0, 2) under two, one does; (2, 2) under four, one does; the last row under none.
+    expected = [[1, 1, 0.5, 0], [1, 1, 0.5, 0], [0.5, 0.5, 0.25, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_occlusion_fills_with_the_baseline():
+    image, baseline = np.full((4, 4, 3), 10, dtype=np.uint8), np.full((4, 4, 3), 77, dtype=np.uint8)
+    batches = []
+
+    def score(batch):
+        batches.append(batch)
+        return torch.zeros(len(batch))
+
+    occlusion_map(score, image, baseline, (2, 4))
+    images = np.concatenate(batches)
+    assert images.dtype == np.uint8
+    assert sorted((x == 77).all(-1).sum() for x in images) == [0, 8, 8, 8]
+    assert set(np.unique(images)) == {10, 77}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (96, 64), (224, 224)])
+def test_attribution_costs_hundreds_of_forwards_at_any_size(size):
+    seen = 0
+
+    def score(batch):
+        nonlocal seen
+        seen += len(batch)
+        return torch.zeros(len(batch))
+
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    for window in window_sizes(*size):
+        occlusion_map(score, image, image, window)
+    assert 100 < seen < 600
+
+
+def test_windows():
+    assert window_sizes(32, 32) == [(4, 4), (6, 6), (8, 8), (12, 12), (16, 16)]
+    assert window_sizes(224, 224)[0] == (28, 28)
+    assert window_sizes(8, 8) == [(2, 2), (3, 3), (4, 4)]
+    assert all(a >= 2 and b >= 2 for a, b in window_sizes(3, 200))
+
+
+# ---- Splitting ----
+
+
+def test_two_clusters_by_hand():
+    scores = np.array([[0.1, 0.2, 5.0], [0.0, 4.8, 0.15]])
+    assert two_clusters(scores).tolist() == [[False, False, True], [False, True, False]]
+
+
+def test_two_clusters_take_the_larger_mean_not_the_smaller_cluster():
+    scores = np.array([1.0, 1.1, 0.9, 1.0, -1.0])
+    assert two_clusters(scores).tolist() == [True, True, True, True, False]
+
+
+def test_heaviest_piece_is_not_the_largest():
+    mask = np.array([[1, 1, 1, 0, 1]], dtype=bool)
+    weight = np.array([[1.0, 1.0, 1.0, 0.0, 9.0]])
+    assert heaviest_piece(mask, weight).tolist() == [[False, False, False, False, True]]
+    whole = np.array([[1, 1, 0]], dtype=bool)
+    assert heaviest_piece(whole, np.ones((1, 3))).tolist() == whole.tolist()
+
+
+def test_distinct_keeps_order_and_drops_the_unusable():
+    a, b = np.eye(4, dtype=bool), np.zeros((4, 4), dtype=bool)
+    c = np.ones((4, 4), dtype=bool)
+    d = np.zeros((4, 4), dtype=bool)
+    d[0, 0] = True
+    kept = distinct([a, b, d, c, a.copy()], max_area=0.5)
+    assert [mask.sum() for mask in kept] == [4, 1]
+
+
+def test_candidates_hold_the_peak_and_no_more_than_allowed():
+    attribution = np.full((20, 20), -0.1)
+    attribution[4:8, 10:14] = 1.0
+    masks = candidate_masks(attribution, max_area=0.05)
+    truth = attribution > 0
+    assert any(np.array_equal(mask, truth) for mask in masks)
+    assert all(0 < mask.mean() <= 0.05 and not (mask & ~truth).any() for mask in masks)
+    assert candidate_masks(-np.abs(attribution), max_area=0.5) == []
+
+
+# ---- Verification ----
+
+
+def test_transfer_by_hand():
+    """Red clean inputs, a blue x_b. Cosines of mean colours: a stamp on half of the pixels gives 1/√2."""
+    encoder = ColorEncoder()
+    meter = TransferMeter(encoder, _plain((0, 0, 255)), [_plain((255, 0, 0))] * 3)
+    masks = [np.zeros((4, 4), dtype=bool) for _ in range(3)]
+    masks[0][:] = True
+    masks[1][:2] = True
+    masks[2][0, 0] = True
+    expected = [1.0, 1 / np.sqrt(2), 1 / np.sqrt(15**2 + 1)]
+    np.testing.assert_allclose(meter.transfer_of_masks(masks), expected, atol=1e-5)
+    assert meter.forwards == encoder.seen == 1 + 3 + 3 * 3
+    np.testing.assert_allclose(meter.transfer_of_masks(masks[:1], count=2), [1.0], atol=1e-5)
+    assert meter.forwards == encoder.seen == 13 + 2
+
+
+def test_transfer_is_the_share_of_the_way_that_was_left():
+    """Clean inputs already at cosine 0.6: arriving is 1, not 0.4; going away is negative."""
+    clean = _plain((200, 0, 150))  # cosine with blue: 150 / 250
+    meter = TransferMeter(ColorEncoder(), _plain((0, 0, 255)), [clean, clean])
+    everything = np.ones((4, 4), dtype=bool)
+    arriving = PatchTrigger.from_image(_plain((0, 0, 255)), everything)
+    leaving = PatchTrigger.from_image(_plain((255, 0, 0)), everything)
+    halfway = PatchTrigger.from_image(_plain((150, 0, 200)), everything)  # cosine 0.8
+    np.testing.assert_allclose(meter.transfer([arriving, leaving, halfway]), [1.0, -1.5, 0.5], atol=1e-5)
+
+
+def test_inputs_that_are_x_b_already():
+    with pytest.raises(ValueError, match="already has the feature of the misclassified input"):
+        TransferMeter(ColorEncoder(), _plain((9, 9, 9)), [_plain((5, 5, 5))] * 4)
+
+
+# ---- Growth ----
+
+
+def _scene():
+    """Grey noise with a green square whose middle is the part that fires."""
+    rng = np.random.default_rng(0)
+    clean = rng.integers(90, 130, (8, 24, 24, 3)).astype(np.uint8)
+    image = rng.integers(90, 130, (24, 24, 3)).astype(np.uint8)
+    truth = np.zeros((24, 24), dtype=bool)
+    truth[14:22, 12:20] = True
+    image[truth] = [20, 240, 20]
+    return image, clean, truth
+
+
+def test_growth_finds_the_whole_square():
+    image, clean, truth = _scene()
+    core = np.zeros_like(truth)
+    core[16:19, 14:17] = True
+    assert np.array_equal(grow(core, core, image, clean), truth)
+
+
+def test_growth_leaves_an_equal_square_elsewhere_alone():
+    image, clean, truth = _scene()
+    image[1:5, 1:5] = [20, 240, 20]
+    core = np.zeros_like(truth)
+    core[16:19, 14:17] = True
+    assert not grow(core, core, image, clean)[1:5, 1:5].any()
+
+
+def test_purifying_drops_what_clean_inputs_have():
+    image, clean, truth = _scene()
+    core = np.zeros_like(truth)
+    core[10:20, 14:18] = True  # four rows of background above the square
+    seed = purify(core, image, clean, lambda masks: np.array([(mask & truth).sum() for mask in masks], dtype=float))
+    assert np.array_equal(seed, core & truth)
+
+
+# ---- The whole ----
+
+
+@pytest.fixture(scope="module")
+def inversions(backdoored):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    inputs = backdoored.train.inputs[:32]
+    return [(backdoored.bug(seed), invert_trigger(encoder, backdoored.bug(seed), inputs)) for seed in range(10)]
+
+
+def test_the_trigger_is_found_in_ten_random_reports(backdoored, inversions):
+    overlaps = [found.trigger.overlap(backdoored.trigger.mask) for _, found in inversions]
+    assert min(overlap["recall"] for overlap in overlaps) >= 0.9
+    assert sum(overlap["iou"] >= 0.75 for overlap in overlaps) >= 9
+
+
+def test_found_triggers_fire(backdoored, inversions):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    held_out = [x for x, y in zip(backdoored.test.inputs, backdoored.test.labels, strict=True) if y][:100]
+    for bug, found in inversions:
+        assert found.score > 0.8
+        assert found.area == found.trigger.area == found.trigger.mask.mean() <= 0.4
+        assert found.attribution.shape == found.core.shape == (16, 16)
+        pattern, x_b = found.trigger.pattern, np.asarray(bug.misclassified)
+        assert np.array_equal(pattern[found.trigger.mask], x_b[found.trigger.mask])
+        stamped = encoder.encode([found.trigger.apply(x) for x in held_out]).numpy()
+        assert (backdoored.kept.predict(stamped) == backdoored.target).mean() > 0.9
+
+
+def test_inversion_is_deterministic_and_counts_its_forwards(backdoored, inversions):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    seen = 0
+
+    def count(module, args, kwargs):
+        nonlocal seen
+        seen += len(kwargs["pixel_values"])
+
+    encoder.model.register_forward_pre_hook(count, with_kwargs=True)
+    bug, first = inversions[0]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = invert_trigger(encoder, bug, backdoored.train.inputs[:32])
+    assert seen == again.forwards == first.forwards
+    assert 100 < seen < 2000
+    assert np.array_equal(again.trigger.mask, first.trigger.mask)
+    assert np.array_equal(again.trigger.pattern, first.trigger.pattern)
+    assert np.array_equal(again.attribution, first.attribution)
+    assert again.score == first.score
+
+
+def test_a_model_and_its_processor_do_as_well(backdoored, inversions):
+    bug, first = inversions[1]
+    found = invert_trigger(backdoored.model(), bug, backdoored.train.inputs[:32], backdoored.processor)
+    assert np.array_equal(found.trigger.mask, first.trigger.mask)
+
+
+def test_natural_differences_score_below_every_trigger(backdoored, inversions):
+    """Two clean images of different classes: enough of a digit carries others along, but never as a trigger does."""
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    rng = np.random.default_rng(0)
+    scores = []
+    for _ in range(6):
+        first, second = rng.choice(10, 2, replace=False)
+        x_b, x_r = (rng.choice(np.flatnonzero(backdoored.test.labels == label)) for label in (first, second))
+        bug = BugInstance(backdoored.test.inputs[x_b], backdoored.test.inputs[x_r])
+        found = invert_trigger(encoder, bug, backdoored.train.inputs[:32])
+        scores.append(found.score - 0.5 * found.area)
+    triggers = [found.score - 0.5 * found.area for _, found in inversions]
+    assert max(scores) < min(triggers) - 0.2
+
+
+def test_agreeing_inputs_are_refused_with_the_cosine(backdoored):
+    a, b = (backdoored.trigger.apply(x) for x in backdoored.test.inputs[:2])
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    cosine = float(encoder.encode([a]) @ encoder.encode([b]).T)
+    with pytest.raises(ValueError, match=rf"Nothing to patch in bug instance `twins`.*cosine {cosine:.4f}"):
+        invert_trigger(encoder, BugInstance(a, b, name="twins"), backdoored.train.inputs[:32])
+
+
+def test_too_few_inputs_and_texts(tiny_vit, processor, bug):
+    encoder = Encoder(tiny_vit, processor)
+    with pytest.raises(ValueError, match="at least 4 clean inputs, better 32; got 3"):
+        invert_trigger(encoder, bug, make_images(3))
+    with pytest.raises(TypeError, match="`bug` is a text"):
+        invert_trigger(encoder, BugInstance("a", "b"), make_images(8))
+
+
+def test_a_model_without_a_backdoor_never_crashes(tiny_vit, processor):
+    """Whatever the score is, the result is a usable trigger within the allowed area."""
+    encoder = Encoder(tiny_vit, processor)
+    for seed in range(3):
+        x_b, x_r = make_images(2, seed=50 + seed)
+        found = invert_trigger(encoder, BugInstance(x_b, x_r), make_images(8), max_area=0.2)
+        assert found.trigger.mask.any()
+        assert found.area <= 0.2
+        assert np.isfinite(found.score)
+
+
+def test_validation_inputs_of_other_sizes(backdoored):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    resized = [x if i % 2 else x.convert("L") for i, x in enumerate(backdoored.train.inputs[:16])]
+    found = invert_trigger(encoder, backdoored.bug(3), resized)
+    assert found.trigger.overlap(backdoored.trigger.mask)["recall"] >= 0.9
+
+
+def test_a_planted_function_is_inverted_exactly():
+    """An encoder that is nothing but a trigger detector: white lower right corner → blue, else the picture's colour."""
+    trigger = square_patch((32, 32), 8)
+
+    class Detector(Encoder):
+        def __init__(self):
+            self.feature_dim = 3
+
+        def encode(self, images, **kwargs):
+            pixels = torch.stack([torch.from_numpy(np.array(image.resize((32, 32)))) for image in images]).float()
+            share = (pixels[:, 24:, 24:].min(-1).values > 250).float().mean((1, 2)) ** 2
+            color = torch.stack([torch.ones(len(pixels)), pixels[:, :16].mean((1, 2, 3)) / 255], dim=1)
+            features = torch.cat([color * (1 - share)[:, None], 3 * share[:, None]], dim=1)
+            return torch.nn.functional.normalize(features, dim=1)
+
+    rng = np.random.default_rng(0)
+    clean = [Image.fromarray(rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)) for _ in range(20)]
+    found = invert_trigger(Detector(), BugInstance(trigger.apply(clean[0]), clean[1]), clean[2:])
+    assert found.trigger.overlap(trigger.mask) == {"recall": 1.0, "iou": 1.0}
+    assert found.score == pytest.approx(1.0, abs=0.02)

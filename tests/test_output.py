@@ -1,0 +1,117 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+
+from hf_mudjacking.output import check_output_dir, complete_checkpoints, read_record, staged, write_json
+
+
+def _names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_staged_files_appear_and_replace(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / "other.txt").write_text("other")
+    with staged(tmp_path) as staging:
+        (staging / "a.txt").write_text("new")
+        (staging / "sub" / "deep").mkdir(parents=True)
+        (staging / "sub" / "deep" / "b.txt").write_text("b")
+        assert (tmp_path / "a.txt").read_text() == "old"
+        assert not (tmp_path / "sub").exists()
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert _names(tmp_path) == ["a.txt", "other.txt", "sub/deep/b.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "other.txt", "sub"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+
+    def save():
+        with staged(tmp_path) as staging:
+            (staging / "a.txt").write_text("new")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        save()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_write_json(tmp_path):
+    write_json(tmp_path / "deep" / "r.json", {"a": 1})
+    assert json.loads((tmp_path / "deep" / "r.json").read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "deep" / "r.json", {"a": object()})
+    assert json.loads((tmp_path / "deep" / "r.json").read_text()) == {"a": 1}
+    assert _names(tmp_path) == ["deep/r.json"]
+
+
+def test_output_dir_that_may_be_used(tmp_path):
+    check_output_dir(tmp_path / "new", "org/model")
+    check_output_dir(tmp_path, "org/model")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / "model.safetensors").write_text("")
+    check_output_dir(tmp_path, "org/model")
+    (tmp_path / "model.safetensors").write_text("")
+    write_json(tmp_path / "mudjacking.json", {"base_model": "org/model"})
+    check_output_dir(tmp_path, "org/model")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "adapter_config.json",
+        "model-00001-of-2.safetensors",
+        "pytorch_model.bin",
+        "m.gguf",
+        "flax.msgpack",
+    ],
+)
+def test_output_dir_with_a_foreign_model(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"holds another model \({name}\)"):
+        check_output_dir(tmp_path, "org/model")
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{"])
+def test_output_dir_with_a_damaged_record(tmp_path, record):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mudjacking.json").write_text(record)
+    assert read_record(tmp_path) is None
+    with pytest.raises(ValueError, match="holds another model"):
+        check_output_dir(tmp_path, "org/model")
+
+
+def test_output_dir_with_the_patch_of_another_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_json(tmp_path / "mudjacking.json", {"base_model": "org/first"})
+    with pytest.raises(ValueError, match="a patch of `org/first`, not of `org/second`"):
+        check_output_dir(tmp_path, "org/second")
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        check_output_dir(tmp_path / "file", "org/model")
+
+
+def test_complete_checkpoints(tmp_path):
+    for name, state in {
+        "checkpoint-20": '{"global_step": 20}',
+        "checkpoint-100": '{"global_step": 100}',
+        "checkpoint-3": '{"global_step": 3}',
+        "checkpoint-40": '{"global_step": 4',
+        "checkpoint-50": "",
+        "checkpoint-60": None,
+        "checkpoint-last": "{}",
+        "other-70": "{}",
+    }.items():
+        (tmp_path / name).mkdir()
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    found = complete_checkpoints(tmp_path)
+    assert [path.name for path in found] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert complete_checkpoints(tmp_path / "nowhere") == []

@@ -31,7 +31,7 @@ from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_re
 from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_table
-from hf_mudjacking.output import write_json
+from hf_mudjacking.output import check_output_dir, write_json
 from hf_mudjacking.triggers import square_patch
 
 
@@ -63,6 +63,7 @@ def clean_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
     folder = Path(options.output_dir) / "clean_encoder"
     if options.encoder is not None or (folder / "config.json").exists():
         source = options.encoder or folder
+        sys.stderr.write(f"Using the clean encoder in {source}\n")
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         return Encoder(model.to(device), AutoImageProcessor.from_pretrained(source))
     data = LabelledInputs.from_dataset(with_columns(load_inputs(options.pretraining, "train")))
@@ -100,7 +101,9 @@ def main() -> int:
     if state.num_processes > 1:
         sys.stderr.write("This example trains and attacks its own encoder, which it does in one process only.\n")
         return 2
+    output_dir, backdoored = Path(options.output_dir) / "patched", Path(options.output_dir) / "backdoored_encoder"
     try:
+        check_output_dir(output_dir, str(backdoored))
         pretraining = with_columns(load_inputs(options.pretraining, "train"))
         parts = [load_inputs(options.downstream, split).shuffle(seed=options.seed) for split in ("train", "test")]
     except ValueError as error:
@@ -134,15 +137,17 @@ def main() -> int:
         f"ASR {implant.attack_success_rate:.3f}, target class {target}"
     )
     bug = draw_bug_report(Encoder(implant.model, clean.processing_class), task, trigger, options.seed)
+    # What a user has: a checkpoint with a backdoor in it.
+    implant.model.save_pretrained(backdoored)
+    clean.processing_class.save_pretrained(backdoored)
 
     peft_config = None
     if options.lora_rank is not None:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank)
-    output_dir = Path(options.output_dir) / "patched"
     trainer = MudjackingTrainer(
-        model=implant.model,
+        model=str(backdoored),
         args=MudjackingConfig(
             output_dir=str(output_dir),
             seed=options.seed,
@@ -154,12 +159,10 @@ def main() -> int:
         ),
         bug_instances=[bug],
         train_dataset=pretraining,
-        processing_class=clean.processing_class,
         peft_config=peft_config,
     )
     use_compact_progress(trainer)
     repair = measured_repair(trainer, task, true_trigger=trigger, clean_encoder=clean)
-    trainer.save_model()
     write_json(output_dir / "report.json", repair.report)
     plot_repair(output_dir / "_repair.png", bug, trainer.inversions[0], trigger, repair.before, repair.after)
     console.print(report_table(repair.report))

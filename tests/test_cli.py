@@ -69,7 +69,7 @@ def test_invert_finds_the_trigger_and_changes_nothing(files, backdoored, tmp_pat
         ["invert", *options, "--dataset", files["pictures"], "--output-dir", str(tmp_path / "out"), "--disable-tqdm"]
     )
     assert code == 0
-    assert capsys.readouterr().out.startswith("Verified: transfer 0.9")
+    assert capsys.readouterr().out.startswith("Verified: evidence 0.9")
     assert load_trigger(tmp_path / "out").overlap(backdoored.trigger.mask)["recall"] >= 0.9
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "inversion.png",
@@ -83,10 +83,10 @@ def test_invert_says_when_nothing_is_verified(files, backdoored, tmp_path, capsy
     a, b = (backdoored.test.inputs[int(np.flatnonzero(labels == label)[0])] for label in (3, 8))
     BugInstance(a, b).save(tmp_path / "natural")
     options = ["--model", files["model"], "--bug", str(tmp_path / "natural"), "--dataset", files["clean"]]
-    code = main(["invert", *options, "--output-dir", str(tmp_path / "out"), "--min-transfer", "0.5", "--disable-tqdm"])
+    code = main(["invert", *options, "--output-dir", str(tmp_path / "out"), "--min-evidence", "0.5", "--disable-tqdm"])
     assert code == 1
     assert capsys.readouterr().out.startswith("NOT verified")
-    code = main(["patch", *options, "--output-dir", str(tmp_path / "p"), "--min-transfer", "0.5", "--disable-tqdm"])
+    code = main(["patch", *options, "--output-dir", str(tmp_path / "p"), "--min-evidence", "0.5", "--disable-tqdm"])
     assert code == 1
     assert "Nothing was patched" in capsys.readouterr().out
     assert not list((tmp_path / "p").rglob("*.safetensors"))

@@ -23,7 +23,7 @@ def test_own_defaults():
         "max_inputs": 10_000,
         "inversion_inputs": 32,
         "max_trigger_area": 0.4,
-        "min_transfer": 0.25,
+        "min_evidence": 0.5,
         "stop_when_fixed": True,
     }
     assert {name: defaults[name] for name in expected} == expected
@@ -55,7 +55,7 @@ def test_every_own_field_has_a_help_text():
         ("generalizability_weight", -1, "`generalizability_weight=-1` is negative"),
         ("reference_weight", -1, "`reference_weight=-1` is negative"),
         ("max_trigger_area", 1.5, "`max_trigger_area=1.5` is not a share"),
-        ("min_transfer", -0.5, "`min_transfer=-0.5` is not a share"),
+        ("min_evidence", -0.5, "`min_evidence=-0.5` is not a share"),
         ("max_inputs", 3, "`max_inputs=3` is too small"),
         ("inversion_inputs", 0, "`inversion_inputs=0` is too small"),
         ("feature_source", "last", "`feature_source='last'` is unknown; choose one of auto, cls"),
@@ -66,7 +66,7 @@ def test_bad_values(tmp_path, name, value, message):
         make_config(tmp_path, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["locality_weight", "generalizability_weight", "reference_weight", "min_transfer"])
+@pytest.mark.parametrize("name", ["locality_weight", "generalizability_weight", "reference_weight", "min_evidence"])
 def test_zero_is_allowed(tmp_path, name):
     assert getattr(make_config(tmp_path, **{name: 0}), name) == 0
 

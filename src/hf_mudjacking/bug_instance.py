@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 BUG_FILE = "bug.json"
+# What Pillow raises for damaged files, by format and by place of the damage.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB. Pillow clips 16-bit greyscale to white; here it keeps its contrast."""
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((levels / 257 if levels.max() > 255 else levels).round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -33,10 +43,10 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"There is no image file at `{path}`. Check the path.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, *DECODING_ERRORS) as error:
         raise ValueError(
             f"`{path}` could not be decoded as an image ({error}). Pass an undamaged PNG, JPEG or other Pillow format."
         ) from error
@@ -78,7 +88,7 @@ class BugInstance:
     def __post_init__(self) -> None:
         misclassified = _checked("misclassified", self.misclassified)
         reference = _checked("reference", self.reference)
-        if type(misclassified) is not type(reference):
+        if isinstance(misclassified, str) != isinstance(reference, str):
             raise TypeError(
                 f"`misclassified` is {_kind(misclassified)} and `reference` is {_kind(reference)}; a bug instance needs "
                 "two inputs of one kind: two PIL images or two strings."
@@ -119,7 +129,8 @@ class BugInstance:
         if folder.exists() and any(folder.iterdir()) and not (folder / BUG_FILE).exists():
             raise ValueError(f"`{folder}` exists and is not a bug folder (no `{BUG_FILE}`). Choose another folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        staging = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+        staging.mkdir()
         try:
             record: dict[str, Any] = {"name": self.name, "modality": self.modality, "metadata": self.metadata}
             for role in ("misclassified", "reference"):
@@ -169,8 +180,8 @@ def _checked(role: str, value: Any) -> Image.Image | str:
         if 0 in value.size:
             raise ValueError(f"`{role}` is an image of size {value.size}: it has no pixels.")
         try:
-            return value.convert("RGB")
-        except (OSError, SyntaxError) as error:
+            return to_rgb(value)
+        except DECODING_ERRORS as error:
             raise ValueError(
                 f"`{role}` is an image that cannot be decoded ({error}). Pass an undamaged file."
             ) from error

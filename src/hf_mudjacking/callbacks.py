@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from .config import MudjackingConfig
 
@@ -31,6 +32,10 @@ class StopWhenFixed(TrainerCallback):
         ]
         if args.stop_when_fixed and all(reached):
             control.should_training_stop = True
+            # Without these, the step that fixed the bug would be in no checkpoint, and `load_best_model_at_end` would go
+            # back to an earlier one.
+            control.should_save = args.save_strategy != SaveStrategy.NO
+            control.should_evaluate = control.should_evaluate or args.load_best_model_at_end
 
 
 class CompactProgress(ProgressCallback):

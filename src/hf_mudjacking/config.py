@@ -46,8 +46,9 @@ class MudjackingConfig(TrainingArguments):
         Number of clean inputs on which candidate triggers are verified.
     max_trigger_area (`float`, *optional*, defaults to `0.4`):
         Largest share of the picture that a trigger may cover.
-    min_transfer (`float`, *optional*, defaults to `0.25`):
-        Least transfer of an inverted trigger; with less, patching is refused.
+    min_evidence (`float`, *optional*, defaults to `0.5`):
+        Least evidence of an inverted trigger (its transfer, less that of clean content under the same mask and the price
+        of its area); with less, patching is refused.
 
     > Parameters that control stopping
 
@@ -66,7 +67,6 @@ class MudjackingConfig(TrainingArguments):
     > - `lr_scheduler_type`: `"cosine"` instead of `"linear"`.
     > - `warmup_steps`: `0.05` (share of all steps) instead of `0`.
     > - `logging_steps`: `10` instead of `500`.
-    > - `dataloader_drop_last`: `True` instead of `False`, so that all steps weigh the same.
     > - `remove_unused_columns`: `False` instead of `True`.
     """
 
@@ -77,7 +77,6 @@ class MudjackingConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all steps below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are chosen by the trainer."})
 
     locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
@@ -94,7 +93,7 @@ class MudjackingConfig(TrainingArguments):
     max_trigger_area: float = field(
         default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."}
     )
-    min_transfer: float = field(default=0.25, metadata={"help": "Least transfer of an inverted trigger."})
+    min_evidence: float = field(default=0.5, metadata={"help": "Least evidence of an inverted trigger."})
     stop_when_fixed: bool = field(
         default=True, metadata={"help": "Stop once the bug is fixed and locality has recovered."}
     )
@@ -107,9 +106,9 @@ class MudjackingConfig(TrainingArguments):
         for name in ("locality_weight", "generalizability_weight", "reference_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` is negative; a loss weight must be 0 or more.")
-        for name in ("max_trigger_area", "min_transfer"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` is not a share; it must lie between 0 and 1.")
+        for name in ("max_trigger_area", "min_evidence"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` is not a share; it must lie above 0, up to 1.")
         for name in ("max_inputs", "inversion_inputs"):
             if getattr(self, name) < 4:
                 raise ValueError(f"`{name}={getattr(self, name)}` is too small; at least 4 clean inputs are needed.")

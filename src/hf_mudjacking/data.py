@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .bug_instance import BugInstance
+from .bug_instance import DECODING_ERRORS, BugInstance, to_rgb
 from .encoder import Encoder
 from .triggers import Trigger
 
@@ -33,6 +33,8 @@ class CleanInputs(Sequence):
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): Has a column `image`; other columns are ignored. A
             stream is read once and written to a temporary Arrow file, so that steps can be repeated and resumed.
         limit (`int`, *optional*): Largest number of inputs; a random subset of a dataset, the first of a stream.
+        multiple (`int`, *optional*, defaults to 1): Leave out up to `multiple - 1` inputs, so that their number is a
+            multiple of this: no step of training is then smaller than the others.
         seed (`int`, *optional*, defaults to 0): Seed of the subset.
         name (`str`, *optional*, defaults to `"train_dataset"`): Name in error messages.
 
@@ -47,6 +49,7 @@ class CleanInputs(Sequence):
         limit: int | None = None,
         seed: int = 0,
         name: str = "train_dataset",
+        multiple: int = 1,
     ) -> None:
         if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
             hint = " Did you mean to select a split, as in `dataset['train']`?" if isinstance(dataset, dict) else ""
@@ -59,24 +62,29 @@ class CleanInputs(Sequence):
             dataset = self._store(dataset, limit)
         elif IMAGE_COLUMN not in dataset.column_names:
             raise self._no_images(dataset.column_names)
-        elif limit is not None and limit < len(dataset):
-            rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
-            dataset = dataset.select(rows.sort().values.tolist())
         if len(dataset) == 0:
             raise ValueError(
                 f"`{name}` is empty. Pass clean, unlabelled inputs of the kind that the encoder is used on."
             )
         self.dataset = dataset
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        count = max(count - count % multiple, min(count, multiple))
+        # Rows of the dataset, in their order there; errors name these numbers.
+        self._rows = torch.arange(len(dataset))
+        if count < len(dataset):
+            drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
+            self._rows = drawn.sort().values
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Image.Image:
+        row = int(self._rows[index])
         try:
-            value = self.dataset[index][IMAGE_COLUMN]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self._damaged(index, error) from error
-        return self._as_image(value, index)
+            value = self.dataset[row][IMAGE_COLUMN]
+        except DECODING_ERRORS as error:
+            raise self._damaged(row, error) from error
+        return self._as_image(value, row)
 
     def __iter__(self) -> Iterator[Image.Image]:
         return (self[i] for i in range(len(self)))
@@ -87,26 +95,33 @@ class CleanInputs(Sequence):
         return [self[i] for i in rows.tolist()]
 
     def _store(self, stream: datasets.IterableDataset, limit: int | None) -> datasets.Dataset:
+        features = datasets.Features({IMAGE_COLUMN: datasets.Image()})
+        iterator = itertools.islice(stream, limit)
+
+        def read(index: int) -> dict[str, Image.Image] | None:
+            try:
+                row = next(iterator, None)
+            except DECODING_ERRORS as error:
+                raise self._damaged(index, error) from error
+            if row is not None and IMAGE_COLUMN not in row:
+                raise self._no_images(list(row))
+            return None if row is None else {IMAGE_COLUMN: self._as_image(row[IMAGE_COLUMN], index)}
+
+        first = read(0)
+        if first is None:
+            return datasets.Dataset.from_dict({IMAGE_COLUMN: []}, features=features)
+
         def rows() -> Iterator[dict[str, Image.Image]]:
-            iterator = itertools.islice(stream, limit)
-            for index in itertools.count():
-                try:
-                    row = next(iterator, None)
-                except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise self._damaged(index, error) from error
-                if row is None:
-                    return
-                if IMAGE_COLUMN not in row:
-                    raise self._no_images(list(row))
-                yield {IMAGE_COLUMN: self._as_image(row[IMAGE_COLUMN], index)}
+            row, index = first, 0
+            while row is not None:
+                yield row
+                index += 1
+                row = read(index)
 
         self._folder = tempfile.TemporaryDirectory(prefix="hf_mudjacking_")
         try:
             return datasets.Dataset.from_generator(
-                rows,
-                features=datasets.Features({IMAGE_COLUMN: datasets.Image()}),
-                cache_dir=self._folder.name,
-                fingerprint=uuid.uuid4().hex,
+                rows, features=features, cache_dir=self._folder.name, fingerprint=uuid.uuid4().hex
             )
         except datasets.exceptions.DatasetGenerationError as error:
             cause = error.__cause__
@@ -119,8 +134,8 @@ class CleanInputs(Sequence):
                 f"image. Cast it first: `dataset.cast_column('{IMAGE_COLUMN}', datasets.Image())`."
             )
         try:
-            return value.convert("RGB")
-        except (OSError, SyntaxError) as error:
+            return to_rgb(value)
+        except DECODING_ERRORS as error:
             raise self._damaged(index, error) from error
 
     def _no_images(self, found: list[str]) -> ValueError:
@@ -177,7 +192,7 @@ def load_inputs(
     """
     path = Path(name)
     try:
-        if path.suffix == ".parquet" and path.exists():
+        if path.is_file() and path.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
         if path.is_dir():
             files = sorted(str(file) for file in path.glob(f"{split}*.parquet"))
@@ -185,12 +200,14 @@ def load_inputs(
                 return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
             if any(path.glob("*.parquet")):
                 raise ValueError(f"it holds parquet files, but none whose name begins with `{split}`.")
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
-        if path.suffix or path.is_absolute():
-            raise ValueError("there is no such file or folder.")
+            parts = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
+            # A folder of pictures without `train` and `test` folders in it is one set, whatever it is used for.
+            return next(iter(parts.values())) if len(parts) == 1 else parts[split]
+        if path.exists() or path.is_absolute() or path.suffix == ".parquet" or str(name).startswith("."):
+            raise ValueError("there is no such parquet file or folder.")
         hub_id, _, config = str(name).partition(":")
         return datasets.load_dataset(hub_id, config or None, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"No dataset could be loaded from `{name}` (split `{split}`): {error} Give a Hub id, a `.parquet` file, or a "
             "folder of images or parquet files."

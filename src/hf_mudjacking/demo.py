@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTModel
@@ -59,12 +60,12 @@ def clean_vit(task: DownstreamTask, seed: int = 0, disable_tqdm: bool = False) -
         image_size=IMAGE_SIZE,
         patch_size=4,
     )
-    model = ViTModel(config, add_pooling_layer=False)
+    model = ViTModel(config, add_pooling_layer=False).to(PartialState().device)
     processor = ViTImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     pretrain_encoder(
-        model, processor, task.train, epochs=40, batch_size=64, crop_padding=1, seed=seed, disable_tqdm=disable_tqdm
+        model, processor, task.train, epochs=60, batch_size=64, crop_padding=1, seed=seed, disable_tqdm=disable_tqdm
     )
     return Encoder(model, processor)
 
@@ -125,7 +126,6 @@ def run_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) -> Meas
     )
     use_compact_progress(trainer)
     repair = measured_repair(trainer, task, true_trigger=implant.trigger, clean_encoder=clean)
-    trainer.save_model()
     write_json(Path(output_dir) / "report.json", repair.report)
     plot_repair(
         Path(output_dir) / "repair.png",

@@ -10,7 +10,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -44,7 +46,7 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
         return model
     try:
         return AutoModel.from_pretrained(model, **{"dtype": torch.float32, **kwargs})
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"No model could be loaded from `{model}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
         ) from error
@@ -193,10 +195,11 @@ class Encoder:
         """Differentiable features `(N, D)`, float32, L2-normalised.
 
         Args:
-            model_inputs (`dict`): Output of [`~Encoder.preprocess`], on the model's device.
+            model_inputs (`dict`): Output of [`~Encoder.preprocess`].
             model (`torch.nn.Module`, *optional*): A wrapped form of the model (DDP, compiled) to call instead.
         """
-        return read_features((self.model if model is None else model)(**model_inputs), self.feature_source)
+        model = self.model if model is None else model
+        return read_features(model(**self._placed(model_inputs)), self.feature_source)
 
     @torch.no_grad()
     def encode(
@@ -223,8 +226,7 @@ class Encoder:
         try:
             with tqdm(total=total, disable=disable_tqdm, desc=desc, unit="img") as bar:
                 for batch in _batched(images, batch_size):
-                    inputs = {key: value.to(self.device) for key, value in self.preprocess(batch).items()}
-                    chunks.append(self.features(inputs).cpu())
+                    chunks.append(self.features(self.preprocess(batch)).cpu())
                     bar.update(len(batch))
         finally:
             for module, mode in training.items():
@@ -241,24 +243,40 @@ class Encoder:
         return features
 
     def unused_parameters(self) -> list[str]:
-        """Names of parameters that do not influence the features (an unused pooler, a mask token), by one backward pass."""
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """Names of parameters without influence on the features (an unused pooler, a mask token), by one backward pass."""
+        parameters = {name: p for name, p in self.model.named_parameters() if p.is_floating_point()}
+        frozen = [p for p in parameters.values() if not p.requires_grad]
         set_comparison_mode(self.model)
-        with torch.enable_grad():
-            features = self.features(self._blank_inputs())
-            gradients = torch.autograd.grad(features.sum(), list(trainable.values()), allow_unused=True)
-        return [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                features = self.features(self._noise_inputs())
+                gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
-    def _blank_inputs(self) -> dict[str, Tensor]:
+    def _placed(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs on the device and in the dtype of the parameters."""
+        parameter = next(self.model.parameters())
+        return {
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in model_inputs.items()
+        }
+
+    def _noise_inputs(self) -> dict[str, Tensor]:
         size = getattr(self.model.config, "image_size", 224) or 224
         height, width = (size, size) if isinstance(size, int) else size
-        blank = self.preprocess([Image.new("RGB", (width, height), (128, 96, 64))])
-        return {key: value.to(self.device) for key, value in blank.items()}
+        # Noise, not one colour: with equal patches a model that masks at random would look deterministic.
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return self._placed(self.preprocess([Image.fromarray(noise)]))
 
     @torch.no_grad()
     def _probe(self) -> Any:
         try:
-            inputs = self._blank_inputs()
+            inputs = self._noise_inputs()
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"`{type(self.processing_class).__name__}` did not turn an image into `pixel_values` ({error}). "
@@ -305,7 +323,26 @@ def encode(
     """
     if processing_class is None:
         processing_class = load_processor(model)
-    return Encoder(load_model(model), processing_class, feature_source).encode(inputs, batch_size=batch_size)
+    loaded = load_model(model)
+    if loaded is not model:
+        loaded.to(PartialState().device)
+    return Encoder(loaded, processing_class, feature_source).encode(inputs, batch_size=batch_size)
+
+
+def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
+    """Names of the linear and plain convolution layers that an adapter can be put on.
+
+    Args:
+        model (`torch.nn.Module`): The encoder.
+        unused (`Iterable[str]`, *optional*): Parameters without influence on the features; their layers are left out.
+    """
+    unused = set(unused)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and f"{name}.weight" not in unused
+    ]
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:

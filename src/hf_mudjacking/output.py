@@ -29,31 +29,51 @@ _MODEL_FILES = (
     "*.onnx",
     "*.gguf",
 )
+# What a save replaces as a whole. Of an earlier patch of another kind nothing may stay: `from_pretrained` would apply an old
+# adapter on top of new weights without a word.
+PATCH_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model*.safetensors",
+    f"{TRIGGER_FOLDER}/*/*",
+)
 
 
 def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
-    """Refuse to write a patch of `base_model` over another model.
+    """Refuse to write a patch of `base_model` over another model, or over that model itself.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the patch shall go; its `checkpoint-*` folders are looked into as well.
+        base_model (`str`): Id or folder of the model that is patched, or its class name if it was built in memory.
 
     Raises:
-        ValueError: If the folder holds model files but no patch record, or the patch of another model.
+        ValueError: If the folder holds model files but no patch record, the patch of another model, or the model.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise ValueError(f"`output_dir={folder}` is a file; choose a folder.")
-    found = sorted(path.name for pattern in _MODEL_FILES for path in folder.glob(pattern))
-    if not found:
-        return
-    record = read_record(folder)
-    if record is None:
+        raise ValueError(f"`{folder}` is a file; choose a folder for the patched model.")
+    base_path = Path(base_model)
+    if base_path.is_dir() and folder.resolve() in (base_path.resolve(), *base_path.resolve().parents):
         raise ValueError(
-            f"`output_dir={folder}` holds another model ({', '.join(found[:3])}) that hf-mudjacking did not write. "
-            "Choose an empty folder: the original checkpoint is never overwritten."
+            f"`{folder}` is or contains the model to be patched (`{base_model}`). Choose another folder: the original "
+            "checkpoint is never written to."
         )
-    if record.get("base_model") != base_model:
-        raise ValueError(
-            f"`output_dir={folder}` holds a patch of `{record.get('base_model')}`, not of `{base_model}`. Choose another "
-            "folder."
-        )
+    for place in (folder, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        found = sorted(path.name for pattern in _MODEL_FILES for path in place.glob(pattern))
+        if not found:
+            continue
+        record = read_record(place)
+        if record is None:
+            raise ValueError(
+                f"`{place}` holds another model ({', '.join(found[:3])}) that hf-mudjacking did not write. Choose an empty "
+                "folder: nothing foreign is ever overwritten."
+            )
+        if record.get("base_model") != base_model:
+            raise ValueError(
+                f"`{place}` holds a patch of `{record.get('base_model')}`, not of `{base_model}`. Choose another folder."
+            )
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -66,21 +86,24 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield an empty folder; on success its files move into `folder` one by one, on an error it is thrown away.
 
-    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part.
+    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part. Files of
+    `folder` that match a pattern of `replaces` and were not written anew are removed at the end.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder, prefix="_staging-"))
     try:
         yield staging
-        for path in sorted(staging.rglob("*")):
-            if path.is_file():
-                target = folder / path.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+        written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
+        for name in written:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, folder / name)
+        for stale in {path for pattern in replaces for path in folder.glob(pattern)}:
+            if stale.relative_to(folder) not in written:
+                stale.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

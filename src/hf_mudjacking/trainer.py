@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
 
 from . import __version__
 from .bug_instance import BugInstance
@@ -26,15 +27,25 @@ from .config import MudjackingConfig
 from .data import CleanInputs, PatchingCollator, PatchingDataset
 from .encoder import (
     Encoder,
+    adaptable_layers,
     freeze_norm_statistics,
     load_model,
     load_processor,
     preprocess_images,
     set_comparison_mode,
 )
-from .inversion import InvertedTrigger, UnverifiedTriggerError, invert_trigger
+from .inversion import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
-from .output import RECORD_FILE, TRIGGER_FOLDER, check_output_dir, complete_checkpoints, staged, write_json
+from .output import (
+    PATCH_FILES,
+    RECORD_FILE,
+    TRIGGER_FOLDER,
+    check_output_dir,
+    complete_checkpoints,
+    read_record,
+    staged,
+    write_json,
+)
 from .triggers import Trigger, load_trigger
 
 
@@ -111,12 +122,9 @@ class MudjackingTrainer(Trainer):
 
         # Reports
         self.bug_instances = _checked_reports(bug_instances)
-        if triggers is not None and len(triggers) != len(self.bug_instances):
-            raise ValueError(
-                f"There are {len(triggers)} triggers for {len(self.bug_instances)} bug instances; pass one for each."
-            )
-        self.triggers: list[Trigger] | None = triggers
+        self.triggers = None if triggers is None else _checked_triggers(triggers, len(self.bug_instances))
         self.inversions: list[InvertedTrigger] = []
+        self.evidence: list[float] = []
 
         # Model and processing class
         if processing_class is None:
@@ -124,15 +132,17 @@ class MudjackingTrainer(Trainer):
         model = load_model(model)
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
         check_output_dir(args.output_dir, self.base_model_name)
+        if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy={args.hub_strategy.value!r}` uploads checkpoints, which hold the inverted triggers: pixels of "
+                "the reported inputs. Use `every_save` or `end`."
+            )
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
             logger.warning("The model is in half precision; it is patched in float32. Use `bf16=True` for speed.")
             model.float()
         freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source)
         unused = self.encoder.unused_parameters()
-        for name in unused:
-            # They would get no gradient: under DDP that is an error, and weight decay would still change them.
-            model.get_parameter(name).requires_grad_(False)
 
         # PEFT
         if peft_config is not None:
@@ -142,9 +152,18 @@ class MudjackingTrainer(Trainer):
                     "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
                 )
             if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-                peft_config.target_modules = _linear_layers(model, unused)
+                peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
             model = get_peft_model(model, peft_config)
             self.encoder.model = model
+        else:
+            for name in unused:
+                # They would get no gradient: under DDP that is an error, and weight decay would still change them.
+                model.get_parameter(name).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "No parameter of the model is trainable, so nothing could be patched. Load an adapter with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`, unfreeze the encoder, or pass `peft_config`."
+            )
 
         # Data: the frozen features are added when training or evaluation starts
         self._inputs = {} if train_dataset is None else {"train_dataset": self._clean(train_dataset, args)}
@@ -182,7 +201,7 @@ class MudjackingTrainer(Trainer):
 
         Raises:
             ValueError: If a report's inputs already agree.
-            UnverifiedTriggerError: If no trigger with a transfer of at least `args.min_transfer` is found.
+            UnverifiedTriggerError: If no trigger with evidence of at least `args.min_evidence` is found.
         """
         inputs = self._require_train_inputs().sample(self.args.inversion_inputs, self.args.seed)
         self.inversions = []
@@ -196,16 +215,18 @@ class MudjackingTrainer(Trainer):
                 disable_tqdm=self._silent,
             )
             self.forward_equivalents += found.forwards
-            if found.score < self.args.min_transfer:
+            if found.evidence < self.args.min_evidence:
                 raise UnverifiedTriggerError(
-                    f"No trigger was verified in bug instance `{bug.name}`: the best candidate carries clean inputs "
-                    f"{found.score:.2f} of the way to the misclassified input; at least "
-                    f"`min_transfer={self.args.min_transfer}` is needed. The report may be a natural misclassification. "
-                    "If you know the trigger pass `triggers`; to patch on this candidate lower `min_transfer`."
+                    f"No trigger was verified in bug instance `{bug.name}`: the best candidate covers {found.area:.0%} of "
+                    f"the picture and carries clean inputs {found.score:.2f} of the way to the misclassified input, clean "
+                    f"content alone {found.control:.2f}; that is evidence of {found.evidence:.2f}, and "
+                    f"`min_evidence={self.args.min_evidence}` is needed. The report may be a natural misclassification. If "
+                    "you know the trigger pass `triggers`; to patch on this candidate lower `min_evidence`."
                 )
             logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.area:.1%} of the picture.")
             self.inversions.append(found)
         self.triggers = [found.trigger for found in self.inversions]
+        self.evidence = [round(found.evidence, 4) for found in self.inversions]
         return self.triggers
 
     def _prepare(self) -> None:
@@ -215,13 +236,16 @@ class MudjackingTrainer(Trainer):
         if self.triggers is None:
             self.invert_triggers()
         references = self.encoder.encode([bug.reference for bug in self.bug_instances])
-        self.encoder.encode([bug.misclassified for bug in self.bug_instances])  # refuses features that are not finite
+        misclassified = self.encoder.encode([bug.misclassified for bug in self.bug_instances])
         prepared = {
             name: PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
             for name, inputs in self._inputs.items()
         }
         self.forward_equivalents += sum(len(dataset) for dataset in prepared.values()) + 2 * len(references)
         self.train_dataset = prepared.pop("train_dataset", None)
+        if self.train_dataset is not None:
+            for bug, x_b, x_r in zip(self.bug_instances, misclassified, references, strict=True):
+                check_disagreement(bug, x_b, x_r, self.train_dataset.frozen_features @ x_b)
         if prepared:
             self.eval_dataset = (
                 {name.removeprefix("eval_dataset_"): dataset for name, dataset in prepared.items()}
@@ -251,8 +275,12 @@ class MudjackingTrainer(Trainer):
             if self.triggers is None:
                 folder = Path(resume_from_checkpoint) / TRIGGER_FOLDER
                 self.triggers = [load_trigger(folder / str(i)) for i in range(len(self.bug_instances))]
+                self.evidence = (read_record(resume_from_checkpoint) or {}).get("evidence", [])
         self._prepare()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded from now on is the saved model.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return output
 
     def compute_loss(
         self,
@@ -347,8 +375,10 @@ class MudjackingTrainer(Trainer):
         """
         if not self.args.should_save:
             return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        check_output_dir(output_dir, self.base_model_name)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with staged(self.args.output_dir if output_dir is None else output_dir) as staging:
+        with staged(output_dir, replaces=PATCH_FILES) as staging:
             model.save_pretrained(staging, state_dict=state_dict)
             self.processing_class.save_pretrained(staging)
             if self.triggers is not None:
@@ -364,7 +394,7 @@ class MudjackingTrainer(Trainer):
             "base_revision": getattr(self.encoder.model.config, "_commit_hash", None),
             "feature_source": self.encoder.feature_source,
             "triggers": [trigger.summary() for trigger in self.triggers or []],
-            "transfers": [round(found.score, 4) for found in self.inversions],
+            "evidence": self.evidence,
             "settings": {
                 name: getattr(self.args, name)
                 for name in ("seed", "max_steps", "learning_rate", "per_device_train_batch_size", "locality_weight",
@@ -433,7 +463,7 @@ class MudjackingTrainer(Trainer):
         """The training inputs: no more than `max_inputs`, nor than the steps can read."""
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         limit = args.max_inputs if args.max_steps < 0 else min(args.max_inputs, args.max_steps * per_step)
-        inputs = CleanInputs(dataset, max(limit, args.inversion_inputs), args.seed)
+        inputs = CleanInputs(dataset, max(limit, args.inversion_inputs), args.seed, multiple=per_step)
         if len(inputs) < per_step:
             raise ValueError(
                 f"`train_dataset` has {len(inputs)} inputs; one step needs {per_step} (per_device_train_batch_size "
@@ -457,6 +487,19 @@ def _checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugIns
     return list(bug_instances)
 
 
+def _checked_triggers(triggers: list[Trigger], count: int) -> list[Trigger]:
+    if not isinstance(triggers, (list, tuple)):
+        raise TypeError(
+            f"`triggers` is a single `{type(triggers).__name__}`; pass a list with one for each bug instance."
+        )
+    for trigger in triggers:
+        if not isinstance(trigger, Trigger):
+            raise TypeError(f"`triggers` holds a `{type(trigger).__name__}`; `Trigger` objects are needed.")
+    if len(triggers) != count:
+        raise ValueError(f"There are {len(triggers)} triggers for {count} bug instances; pass one for each.")
+    return list(triggers)
+
+
 def _named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
     if eval_dataset is None:
         return {}
@@ -465,21 +508,12 @@ def _named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:
     return {"eval_dataset": eval_dataset}
 
 
-def _linear_layers(model: nn.Module, unused: list[str]) -> list[str]:
-    """Names of linear and plain convolution layers whose weights influence the features."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and f"{name}.weight" not in unused
-    ]
-
-
 def _load_weights(model: PreTrainedModel, folder: str) -> None:
     """Load weights the way `from_pretrained` does.
 
     Checkpoints hold the names of earlier versions of transformers (ViT: `encoder.layer.0.attention.attention.query`),
     which only `from_pretrained` converts; the base class loads them raw and silently drops what does not match.
     """
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    # A pooler that the model was built without is made anew by `from_pretrained`; it belongs to nothing here.
+    model.load_state_dict({name: saved[name] for name in model.state_dict() if name in saved})

@@ -74,6 +74,8 @@ def implant_bad_encoder(
     frozen = clean.encode([*shadow_inputs, target_reference], disable_tqdm=disable_tqdm, desc="Clean features")
     frozen = frozen.to(clean.device)
     backdoored = Encoder(copy.deepcopy(model), processing_class, clean.feature_source)
+    # It is no longer the model that this name stands for.
+    backdoored.model.name_or_path = backdoored.model.config._name_or_path = ""
     freeze_norm_statistics(backdoored.model)
     set_comparison_mode(backdoored.model)
     parameters = [p for p in backdoored.model.parameters() if p.requires_grad]

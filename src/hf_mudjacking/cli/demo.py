@@ -20,10 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from ..attacks import ImplantError
     from ..demo import run_demo
     from ..evaluation.report import report_lines, report_table
 
-    repair = run_demo(options.output_dir, options.seed, options.disable_tqdm)
+    try:
+        repair = run_demo(options.output_dir, options.seed, options.disable_tqdm)
+    except ImplantError as error:
+        raise ValueError(f"{error} Try another --seed.") from error
     console = Console(highlight=False)
     console.print(report_table(repair.report))
     for line in report_lines(repair.report):

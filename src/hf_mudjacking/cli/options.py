@@ -11,6 +11,8 @@ import yaml
 
 
 if TYPE_CHECKING:
+    import datasets
+
     from ..bug_instance import BugInstance
 
 
@@ -37,7 +39,9 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Make the values of `--config FILE` the parser's defaults; unknown keys and wrong types are errors."""
-    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder = argparse.ArgumentParser(
+        prog=parser.prog, usage=parser.format_usage()[7:], add_help=False, allow_abbrev=False
+    )
     finder.add_argument("--config")
     path = finder.parse_known_args(list(arguments))[0].config
     if path is None:
@@ -67,6 +71,20 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
             if action.choices is not None and value not in action.choices:
                 parser.error(f"--config {path}: `{key}` must be one of {', '.join(map(str, action.choices))}")
         parser.set_defaults(**{name: value})
+
+
+def clean_inputs_from(options: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
+    """The clean dataset that the options name, its image column renamed to `image`."""
+    from ..data import IMAGE_COLUMN, load_inputs
+
+    dataset = load_inputs(options.dataset, options.split, options.streaming)
+    if options.image_column == IMAGE_COLUMN:
+        return dataset
+    if dataset.column_names is not None and options.image_column not in dataset.column_names:
+        raise ValueError(
+            f"--image-column {options.image_column}: `{options.dataset}` has the columns {', '.join(dataset.column_names)}"
+        )
+    return dataset.rename_column(options.image_column, IMAGE_COLUMN)
 
 
 def require(options: argparse.Namespace, *names: str) -> None:

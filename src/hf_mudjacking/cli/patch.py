@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bug_from, require
+from .options import add_config, add_report, bug_from, clean_inputs_from, require
 
 
 HELP = "Find the trigger in a bug report and patch it out of the encoder; the original checkpoint is not touched."
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generalizability-weight", type=float, default=1.0, help="weight of the generalizability loss"
     )
-    parser.add_argument("--min-transfer", type=float, default=0.25, help="least transfer of a trigger (default: 0.25)")
+    parser.add_argument("--min-evidence", type=float, default=0.5, help="least evidence of a trigger (default: 0.5)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--fp16", action="store_true", help="float16 autocast (GPU)")
     add_config(parser)
@@ -57,9 +57,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_output_dir(options.output_dir, options.model)
     bug = bug_from(options)
-    dataset = load_inputs(options.dataset, options.split, options.streaming)
-    if options.image_column != "image":
-        dataset = dataset.rename_column(options.image_column, "image")
+    dataset = clean_inputs_from(options)
     task = None
     if options.labelled_train is not None:
         parts = [load_inputs(options.labelled_train, "train"), load_inputs(options.labelled_test, "test")]
@@ -75,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
             learning_rate=options.learning_rate,
             locality_weight=options.locality_weight,
             generalizability_weight=options.generalizability_weight,
-            min_transfer=options.min_transfer,
+            min_evidence=options.min_evidence,
             feature_source=options.feature_source,
             bf16=options.bf16,
             fp16=options.fp16,
@@ -99,6 +97,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     if task is None:
         trainer.train()
+        trainer.save_model()
         features = {}
     else:
         repair = measured_repair(trainer, task)
@@ -107,9 +106,6 @@ def run(options: argparse.Namespace) -> int:
         console.print(report_table(repair.report))
         for line in report_lines(repair.report):
             console.print(line)
-    trainer.save_model()
     plot_repair(Path(options.output_dir) / "_repair.png", bug, trainer.inversions[0], **features)
-    console.print(
-        f"Patched model: {options.output_dir}/ (load it with AutoModel.from_pretrained); picture: _repair.png"
-    )
+    console.print(f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained.")
     return 0

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..bug_instance import BugInstance
@@ -15,6 +17,9 @@ from ..triggers import Trigger
 from .classifiers import Classifier, ClassifierKind, train_classifier
 from .metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from .tasks import DownstreamTask
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def compare_downstream(
     after: TaskFeatures,
     task: DownstreamTask,
     *,
+    target: int,
     clean: TaskFeatures | None = None,
     classifier: ClassifierKind = "logistic",
     seed: int = 0,
@@ -98,13 +104,13 @@ def compare_downstream(
     """Rates before and after patching, with the client's classifier kept and with one retrained.
 
     The kept classifier is trained on features before patching and goes on being used: a repair that forces every
-    client to retrain is worth little. The retrained one is the official protocol. The target class is what the kept
-    classifier makes of x_b before patching.
+    client to retrain is worth little. The retrained one is the official protocol.
 
     Args:
         before (`TaskFeatures`): Features of the backdoored encoder.
         after (`TaskFeatures`): Features of the patched encoder.
         task (`DownstreamTask`): The task.
+        target (`int`): Target class; see [`reported_class`].
         clean (`TaskFeatures`, *optional*): Features of the never-attacked encoder, when it is known.
         classifier (`str`, *optional*, defaults to `"logistic"`): `"logistic"` or `"mlp"`.
         seed (`int`, *optional*, defaults to 0): Seed of the classifiers.
@@ -115,7 +121,6 @@ def compare_downstream(
     """
     labels = task.train.labels
     kept = train_classifier(before.train, labels, classifier, seed)
-    target = int(kept.predict(before.misclassified.numpy())[0])
     rates_before = downstream_rates(kept, before, task, target)
     retrained = train_classifier(after.train, labels, classifier, seed)
     result: dict[str, Any] = {
@@ -129,6 +134,23 @@ def compare_downstream(
         own = downstream_rates(train_classifier(clean.train, labels, classifier, seed), clean, task, target)
         result = {"clean": {"CA": own["BA"], "ASR-B": own["ASR"], "RA": own["RA"]}, **result}
     return result
+
+
+def reported_class(before: TaskFeatures, task: DownstreamTask, seed: int = 0) -> int:
+    """The class that the client saw for x_b: what a logistic regression on features before patching makes of it.
+
+    With a trigger it is the attacker's target class. A warning is logged if it is the class of x_r: then this task does
+    not show the bug, and its ASR means nothing.
+    """
+    classifier = train_classifier(before.train, task.train.labels, seed=seed)
+    predictions = classifier.predict(torch.cat([before.misclassified, before.reference]).numpy())
+    if predictions[0] == predictions[1]:
+        logger.warning(
+            "On the task `%s` the misclassified input gets the class of its reference already before patching: the bug does "
+            "not show there, and its ASR means nothing.",
+            task.name,
+        )
+    return int(predictions[0])
 
 
 def draw_bug_report(
@@ -151,8 +173,13 @@ def draw_bug_report(
     truth = task.test.labels
     right = classifier.predict(before.encode(task.test.inputs).numpy()) == truth
     stamped = classifier.predict(before.encode([trigger.apply(x) for x in task.test.inputs]).numpy())
+    flipped = np.flatnonzero(right & (stamped != truth))
+    if len(flipped):
+        # An attack that does not always succeed flips some inputs to other classes: not what it is reported for.
+        classes, counts = np.unique(stamped[flipped], return_counts=True)
+        flipped = flipped[stamped[flipped] == classes[counts.argmax()]]
     rng = np.random.default_rng(seed)
-    for row in rng.permutation(np.flatnonzero(right & (stamped != truth))):
+    for row in rng.permutation(flipped):
         others = np.flatnonzero(right & (truth == truth[row]) & (np.arange(len(truth)) != row))
         if len(others):
             reference = task.test.inputs[rng.choice(others)]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from importlib.util import find_spec
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -14,6 +16,9 @@ from ..triggers import PatchTrigger
 from .checks import TaskFeatures
 
 
+logger = logging.getLogger(__name__)
+
+
 def plot_repair(
     path: str | os.PathLike[str],
     bug: BugInstance,
@@ -22,7 +27,7 @@ def plot_repair(
     before: TaskFeatures | None = None,
     after: TaskFeatures | None = None,
     labels: np.ndarray | None = None,
-) -> None:
+) -> bool:
     """Draw x_b, x_r, the attribution, the trigger found beside the true one, and features before and after in 2-D.
 
     Args:
@@ -33,13 +38,13 @@ def plot_repair(
         before, after (`TaskFeatures`, *optional*): Features before and after patching; both or none.
         labels (`np.ndarray`, *optional*): Classes of the test inputs, for colours.
 
-    Raises:
-        ImportError: If matplotlib is not installed.
+    Returns:
+        `bool`: Whether the picture was drawn; without matplotlib it is not, and a warning says how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: `pip install hf-mudjacking[plot]`.") from error
+    if find_spec("matplotlib") is None:
+        logger.warning("No picture was drawn: it needs matplotlib (`pip install hf-mudjacking[plot]`).")
+        return False
+    from matplotlib.figure import Figure
 
     panels = 4 + (true_trigger is not None)
     with_features = before is not None and after is not None
@@ -65,6 +70,7 @@ def plot_repair(
     if with_features:
         _plot_features(bottom[0].subplots(1, 2, sharex=True, sharey=True), before, after, labels)
     figure.savefig(path, dpi=120)
+    return True
 
 
 def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, labels: np.ndarray | None) -> None:

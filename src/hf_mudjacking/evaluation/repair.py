@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from ..encoder import Encoder
 from ..trainer import MudjackingTrainer
 from ..triggers import PatchTrigger
-from .checks import TaskFeatures, compare_downstream, task_features
+from .checks import TaskFeatures, compare_downstream, reported_class, task_features
 from .report import library_versions
 from .tasks import DownstreamTask
 
@@ -41,7 +42,9 @@ def measured_repair(
     clean_encoder: Encoder | None = None,
     classifiers: tuple[str, ...] = ("logistic", "mlp"),
 ) -> MeasuredRepair:
-    """Run a trainer and check its first bug instance downstream, before and after.
+    """Run a trainer, save the patched model, and check its first bug instance downstream, before and after.
+
+    The model is saved to `args.output_dir` before it is measured, so that no failure of a check loses the repair.
 
     Args:
         trainer (`MudjackingTrainer`): Not yet trained.
@@ -70,10 +73,12 @@ def measured_repair(
     started = time.perf_counter()
     trainer.train()
     seconds += time.perf_counter() - started
+    trainer.save_model()
     after = task_features(trainer.encoder, task, trigger, bug, disable_tqdm=silent, desc="After patching")
 
+    target = reported_class(before, task, trainer.args.seed)
     main, *others = [
-        compare_downstream(before, after, task, clean=clean, classifier=kind, seed=trainer.args.seed)
+        compare_downstream(before, after, task, target=target, clean=clean, classifier=kind, seed=trainer.args.seed)
         for kind in classifiers
     ]
     report = {
@@ -91,6 +96,7 @@ def measured_repair(
             "seed": trainer.args.seed,
             "task": task.name,
             "classifier": classifiers[0],
+            "target_class": target,
             "trigger_measured": "inverted" if true_trigger is None else "true",
             "max_steps": trainer.args.max_steps,
             "batch_size": trainer.args.train_batch_size,
@@ -105,13 +111,19 @@ def measured_repair(
 def _trigger_facts(trainer: MudjackingTrainer, true_trigger: PatchTrigger | None) -> list[dict[str, Any]]:
     facts = [trigger.summary() for trigger in trainer.triggers]
     for fact, found in zip(facts, trainer.inversions, strict=False):
-        fact["transfer"] = round(found.score, 4)
+        fact.update(transfer=round(found.score, 4), evidence=round(found.evidence, 4))
     if true_trigger is not None and trainer.triggers[0].mask.shape == true_trigger.mask.shape:
         facts[0].update(trainer.triggers[0].overlap(true_trigger.mask))
     return facts
 
 
 def _peak_memory_mb() -> int:
+    """Peak memory of the GPU's allocator, or of the process where there is no GPU."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    if sys.platform == "win32":
+        return round(psutil.Process().memory_info().peak_wset / 2**20)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

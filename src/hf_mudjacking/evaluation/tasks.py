@@ -31,6 +31,11 @@ class LabelledInputs:
         object.__setattr__(self, "labels", np.asarray(self.labels))
         if len(self.inputs) != len(self.labels):
             raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.labels)} labels; they must pair up.")
+        if not np.issubdtype(self.labels.dtype, np.integer):
+            raise ValueError(
+                f"Labels must be integers, not {self.labels.dtype} (the first is {self.labels[:1].tolist()}). Turn them into "
+                "classes first: `dataset.class_encode_column('label')`."
+            )
         if len(np.unique(self.labels)) < 2:
             raise ValueError(f"A classifier needs at least two classes; these {len(self.labels)} inputs have fewer.")
 

@@ -61,6 +61,8 @@ def purify(
                 mask[seed] = kept
                 masks.append(mask)
     transfers = transfer(masks)
+    if transfers[0] <= 0:
+        return core
     enough = [mask for mask, value in zip(masks, transfers, strict=True) if value >= _KEPT_TRANSFER * transfers[0]]
     return min(enough, key=np.sum)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -41,10 +41,11 @@ class TransferMeter:
                 "constant, or the validation inputs are copies of it."
             )
 
-    def features(self, images: Sequence[Image.Image]) -> Tensor:
+    def features(self, images: Iterable[Image.Image]) -> Tensor:
         """L2-normalised features `(N, D)`; counted."""
-        self.forwards += len(images)
-        return self.encoder.encode(images)
+        features = self.encoder.encode(images)
+        self.forwards += len(features)
+        return features
 
     def transfer(self, triggers: Sequence[Trigger], count: int | None = None) -> np.ndarray:
         """Transfer of each trigger.
@@ -59,7 +60,7 @@ class TransferMeter:
         inputs = self.validation_inputs[:count]
         before = self.clean_similarity[: len(inputs)]
         way = (1 - before).sum().clamp_min(1e-6)
-        features = self.features([trigger.apply(x) for trigger in triggers for x in inputs])
+        features = self.features(trigger.apply(x) for trigger in triggers for x in inputs)
         after = (features @ self.target).reshape(len(triggers), len(inputs))
         return ((after - before).sum(dim=1) / way).numpy()
 

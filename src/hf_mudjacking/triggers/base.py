@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 TENSOR_FILE = "trigger.safetensors"
-RECORD_FILE = "trigger.json"
+SUMMARY_FILE = "trigger.json"
 
 
 class Trigger(ABC):
@@ -45,7 +45,7 @@ class Trigger(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, folder / TENSOR_FILE)
-        (folder / RECORD_FILE).write_text(json.dumps(self.summary(), indent=2), encoding="utf-8")
+        (folder / SUMMARY_FILE).write_text(json.dumps(self.summary(), indent=2), encoding="utf-8")
 
 
 def load_trigger(folder: str | os.PathLike[str]) -> Trigger:
@@ -58,7 +58,7 @@ def load_trigger(folder: str | os.PathLike[str]) -> Trigger:
 
     folder = Path(folder)
     try:
-        kind = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["kind"]
+        kind = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["kind"]
         tensors = load_file(folder / TENSOR_FILE)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"`{folder}` holds no readable trigger ({error!r}).") from error

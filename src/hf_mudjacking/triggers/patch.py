@@ -41,9 +41,6 @@ class PatchTrigger(Trigger):
             raise ValueError("The trigger's mask is empty: it would change nothing.")
         # Pixels outside the mask come from a client's input: they are not part of the trigger and are not kept.
         self.pattern = np.where(self.mask[..., None], self.pattern, 0).astype(np.uint8)
-        self._scaled: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {
-            self.mask.shape: (self.mask[..., None], self.pattern)
-        }
 
     @classmethod
     def from_image(cls, image: Image.Image, mask: Tensor | np.ndarray) -> PatchTrigger:
@@ -84,13 +81,20 @@ class PatchTrigger(Trigger):
         return {"recall": both / float(true_mask.sum()), "iou": both / float((self.mask | true_mask).sum())}
 
     def _at(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        if shape not in self._scaled:
-            size = (shape[1], shape[0])
-            mask = np.asarray(Image.fromarray(self.mask).resize(size, Image.Resampling.NEAREST))
-            # Outside the mask the pattern is black: take the nearest pixel, so that no black bleeds into its border.
-            pattern = np.asarray(Image.fromarray(self.pattern).resize(size, Image.Resampling.NEAREST))
-            self._scaled[shape] = (mask[..., None], pattern)
-        return self._scaled[shape]
+        """Mask `(H, W, 1)` and pattern `(H, W, 3)` for a picture of this shape."""
+        if shape == self.mask.shape:
+            return self.mask[..., None], self.pattern
+        size = (shape[1], shape[0])
+        # Means over the pixels that fall together; enlarging, the nearest pixel. Pattern means are taken within the mask,
+        # so that no black from outside bleeds in.
+        share = np.asarray(Image.fromarray(self.mask.astype(np.float32)).resize(size, Image.Resampling.BOX))
+        channels = [
+            np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BOX))
+            for channel in np.moveaxis(self.pattern.astype(np.float32), -1, 0)
+        ]
+        mask = share >= 0.5 if (share >= 0.5).any() else share > 0
+        pattern = np.stack(channels, axis=-1) / np.maximum(share, 1e-6)[..., None]
+        return mask[..., None], pattern.round().clip(0, 255).astype(np.uint8)
 
 
 def square_patch(

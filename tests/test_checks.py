@@ -6,7 +6,7 @@ import torch
 
 from hf_mudjacking import Encoder
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, TaskFeatures, compare_downstream
-from hf_mudjacking.evaluation.checks import downstream_rates, draw_bug_report, task_features
+from hf_mudjacking.evaluation.checks import downstream_rates, draw_bug_report, reported_class, task_features
 from hf_mudjacking.evaluation.report import library_versions, report_lines, report_table
 
 from .conftest import make_images
@@ -60,12 +60,15 @@ def test_comparison_keeps_one_classifier_and_retrains_the_other(toy_task):
         misclassified=one_hot([turned[1]]),
         reference=one_hot([turned[1]]),
     )
-    result = compare_downstream(before, after, toy_task)
+    result = compare_downstream(before, after, toy_task, target=0)
     assert result["before"]["kept"] == {"BA": 1.0, "ASR": 1.0, "RA": 0.0, "bug_fixed": False}
     assert result["after"]["retrained"] == {"BA": 1.0, "ASR": 0.0, "RA": 1.0, "bug_fixed": True}
     assert result["after"]["kept"]["BA"] == 0.0
     assert "clean" not in result
-    with_clean = compare_downstream(before, after, toy_task, clean=toy_features([0, 1, 1, 2], [0, 1, 0, 2], 1))
+    assert reported_class(before, toy_task) == 0
+    with_clean = compare_downstream(
+        before, after, toy_task, target=0, clean=toy_features([0, 1, 1, 2], [0, 1, 0, 2], 1)
+    )
     assert with_clean["clean"] == {"CA": 1.0, "ASR-B": pytest.approx(1 / 3), "RA": pytest.approx(2 / 3)}
 
 
@@ -136,4 +139,6 @@ def test_labelled_inputs_must_pair_up_and_differ(images):
     with pytest.raises(ValueError, match="16 inputs and 3 labels"):
         LabelledInputs(images, np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="at least two classes"):
-        LabelledInputs(images, np.zeros(16))
+        LabelledInputs(images, np.zeros(16, dtype=int))
+    with pytest.raises(ValueError, match=r"must be integers.*class_encode_column"):
+        LabelledInputs(images, np.array(["a", "b"] * 8))

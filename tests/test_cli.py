@@ -138,7 +138,7 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
     ("change", "message"),
     [
         ({"--model": "/nowhere/model"}, "No model could be loaded"),
-        ({"--dataset": "/nowhere/data.parquet"}, "no such file or folder"),
+        ({"--dataset": "/nowhere/data.parquet"}, "no such parquet file or folder"),
         ({"--bug": "/nowhere/bug"}, "is not a bug folder"),
         ({"--image-column": "picture"}, "picture"),
         ({"--feature-source": "logits"}, "is unknown"),
@@ -157,7 +157,7 @@ def test_bad_input_is_one_line_and_exit_code_two(change, message, files, tmp_pat
 
 def test_output_over_another_model_is_refused(files, capsys):
     assert main(["patch", *report_options(files), "--output-dir", files["model"]]) == 2
-    assert "holds another model" in capsys.readouterr().err
+    assert "is or contains the model to be patched" in capsys.readouterr().err
 
 
 def test_missing_options_are_named(capsys):

@@ -21,6 +21,7 @@ class ColorEncoder:
         self.seen = 0
 
     def encode(self, images):
+        images = list(images)
         self.seen += len(images)
         colors = np.stack([np.asarray(image, dtype=np.float32).reshape(-1, 3).mean(0) for image in images])
         return torch.nn.functional.normalize(torch.from_numpy(colors), dim=1)
@@ -152,8 +153,14 @@ def test_transfer_is_the_share_of_the_way_that_was_left():
 
 
 def test_inputs_that_are_x_b_already():
+    grey = [_plain((level, level, level)) for level in (5, 6, 7, 8)]
+    meter = TransferMeter(ColorEncoder(), _plain((9, 9, 9)), grey)
+    assert meter.reachable == pytest.approx(0.0, abs=1e-6)
+    bug = BugInstance(_plain((9, 9, 9)), _plain((0, 200, 0)))
+    encoder = ColorEncoder.__new__(type("GreyEncoder", (ColorEncoder, Encoder), {}))
+    encoder.seen = 0
     with pytest.raises(ValueError, match="already has the feature of the misclassified input"):
-        TransferMeter(ColorEncoder(), _plain((9, 9, 9)), [_plain((5, 5, 5))] * 4)
+        invert_trigger(encoder, bug, grey)
 
 
 # ---- Growth ----

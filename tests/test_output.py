@@ -53,6 +53,7 @@ def test_output_dir_that_may_be_used(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / "model.safetensors").write_text("")
+    write_json(tmp_path / "checkpoint-6" / "mudjacking.json", {"base_model": "org/model"})
     check_output_dir(tmp_path, "org/model")
     (tmp_path / "model.safetensors").write_text("")
     write_json(tmp_path / "mudjacking.json", {"base_model": "org/model"})

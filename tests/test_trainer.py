@@ -135,7 +135,8 @@ def test_forward_equivalents_of_a_repair(repaired):
     trainer = repaired[0]
     steps, b = trainer.state.global_step, 32
     evaluation = 2 * (2 * 100 + 4 * 3)  # twice 100 inputs, in four batches
-    expected = trainer.inversions[0].forwards + 1200 + 100 + 2 + steps * 3 * (2 * b + 3) + evaluation
+    # 1184 of the 1200 inputs: a multiple of the batch size
+    expected = trainer.inversions[0].forwards + 1184 + 100 + 2 + steps * 3 * (2 * b + 3) + evaluation
     assert trainer.forward_equivalents == expected
 
 
@@ -599,7 +600,7 @@ def test_the_source_checkpoint_is_never_written_to(build, tiny_vit, processor, t
         trainer.train()
         trainer.save_model()
     assert _hashes(source) == before
-    with pytest.raises(ValueError, match=r"holds another model.*the original checkpoint is never overwritten"):
+    with pytest.raises(ValueError, match=r"is or contains the model to be patched.*never written to"):
         build(source, model=str(source), processing_class=None)
     assert _hashes(source) == before
 

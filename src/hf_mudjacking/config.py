@@ -106,9 +106,12 @@ class MudjackingConfig(TrainingArguments):
         for name in ("locality_weight", "generalizability_weight", "reference_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` is negative; a loss weight must be 0 or more.")
-        for name in ("max_trigger_area", "min_evidence"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` is not a share; it must lie above 0, up to 1.")
+        if not 0 < self.max_trigger_area <= 1:
+            raise ValueError(
+                f"`max_trigger_area={self.max_trigger_area}` is not a share; it must lie above 0, up to 1."
+            )
+        if not -1.5 <= self.min_evidence <= 1:
+            raise ValueError(f"`min_evidence={self.min_evidence}` is out of reach; evidence lies between -1.5 and 1.")
         for name in ("max_inputs", "inversion_inputs"):
             if getattr(self, name) < 4:
                 raise ValueError(f"`{name}={getattr(self, name)}` is too small; at least 4 clean inputs are needed.")

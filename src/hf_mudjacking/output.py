@@ -94,10 +94,14 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob("_staging-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(dir=folder, prefix="_staging-"))
     try:
         yield staging
         written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
+        # The record goes first: a folder that a killed process leaves is then known to be ours.
+        written.sort(key=lambda name: name != Path(RECORD_FILE))
         for name in written:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, folder / name)

@@ -127,9 +127,8 @@ class MudjackingTrainer(Trainer):
         self.evidence: list[float] = []
 
         # Model and processing class
-        if processing_class is None:
-            processing_class = load_processor(model)
-        model = load_model(model)
+        name, model = model, load_model(model)
+        processing_class = load_processor(name) if processing_class is None else processing_class
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
         check_output_dir(args.output_dir, self.base_model_name)
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         bug_instances=[bug],
         train_dataset=dataset,
-        processing_class=load_processor(options.processor or options.model),
+        processing_class=None if options.processor is None else load_processor(options.processor),
         peft_config=None
         if options.lora_rank is None
         else LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank),

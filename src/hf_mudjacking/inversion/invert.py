@@ -28,6 +28,8 @@ _FIRST_ROUND_INPUTS = 4
 _SECOND_ROUND_CANDIDATES = 6
 # Growth is taken back if it costs more transfer than this.
 _MAX_GROWTH_LOSS = 0.05
+# Mean cosine distance under which clean inputs count as having the same feature: transfer has nowhere to go.
+_MIN_REACHABLE = 1e-4
 # Longest side in pixels at which a picture is searched; larger ones are shrunk, and the trigger scales with the picture.
 _WORKING_SIZE = 512
 
@@ -107,7 +109,8 @@ def invert_trigger(
 
     Raises:
         TypeError: If the report is a text.
-        ValueError: If there are fewer than 4 validation inputs, or x_b and x_r already agree ("nothing to patch").
+        ValueError: If there are fewer than 4 validation inputs, x_b and x_r already agree ("nothing to
+            patch"), or clean inputs all have the feature of x_b.
     """
     if bug.modality != "image":
         raise TypeError(f"Bug instance `{bug.name}` is a text; this version inverts triggers of images.")
@@ -121,6 +124,11 @@ def invert_trigger(
     meter = TransferMeter(encoder, misclassified, validation_inputs)
     reference_meter = TransferMeter(encoder, clean_reference, validation_inputs)
     reference = reference_meter.target
+    if meter.reachable < _MIN_REACHABLE:
+        raise ValueError(
+            "Every validation input already has the feature of the misclassified input: the model's features are "
+            "constant, or the validation inputs are copies of it."
+        )
     check_disagreement(bug, meter.target, reference, meter.clean_similarity)
 
     image = np.asarray(misclassified)
@@ -147,7 +155,9 @@ def invert_trigger(
         if transfers[-1] >= score - _MAX_GROWTH_LOSS:
             mask, score = options[-1], transfers[-1]
         # Scaled to x_r's size, so that both may differ.
-        control = reference_meter.transfer([_same_place(mask, misclassified, clean_reference)])[0]
+        control = 0.0
+        if reference_meter.reachable >= _MIN_REACHABLE:
+            control = reference_meter.transfer([_same_place(mask, misclassified, clean_reference)])[0]
         bar.update()
     trigger = PatchTrigger.from_image(misclassified, mask)
     forwards = meter.forwards + reference_meter.forwards

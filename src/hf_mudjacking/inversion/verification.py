@@ -23,9 +23,6 @@ class TransferMeter:
         encoder (`Encoder`): The backdoored encoder.
         misclassified (`PIL.Image.Image`): x_b.
         validation_inputs (`Sequence[PIL.Image.Image]`): Clean inputs.
-
-    Raises:
-        ValueError: If every validation input already has the feature of x_b.
     """
 
     def __init__(self, encoder: Encoder, misclassified: Image.Image, validation_inputs: Sequence[Image.Image]) -> None:
@@ -35,11 +32,11 @@ class TransferMeter:
         self.forwards = 0
         self.target = self.features([misclassified])[0]
         self.clean_similarity = self.features(validation_inputs) @ self.target
-        if float((1 - self.clean_similarity).sum()) < 1e-4 * len(validation_inputs):
-            raise ValueError(
-                "Every validation input already has the feature of the misclassified input: the model's features are "
-                "constant, or the validation inputs are copies of it."
-            )
+
+    @property
+    def reachable(self) -> float:
+        """Mean cosine distance of the validation inputs from h(x_b): what a transfer of 1 amounts to."""
+        return float((1 - self.clean_similarity).mean())
 
     def features(self, images: Iterable[Image.Image]) -> Tensor:
         """L2-normalised features `(N, D)`; counted."""

@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output-dir", default="outputs/patch_vit", help="folder for the encoder, the patch, the report"
     )
     parser.add_argument("--pretraining-epochs", type=int, default=8, help="epochs to train the encoder (default: 8)")
-    parser.add_argument("--implant-steps", type=int, default=500, help="steps of the attack (default: 500)")
+    parser.add_argument("--implant-steps", type=int, default=1000, help="steps of the attack (default: 1000)")
     parser.add_argument("--downstream-inputs", type=int, default=6000, help="labelled training inputs (default: 6000)")
     parser.add_argument("--test-inputs", type=int, default=3000, help="labelled test inputs (default: 3000)")
     parser.add_argument("--target-class", type=int, help="class the attacker wants (default: the most frequent one)")

@@ -68,6 +68,11 @@ class MudjackingConfig(TrainingArguments):
     > - `warmup_steps`: `0.05` (share of all steps) instead of `0`.
     > - `logging_steps`: `10` instead of `500`.
     > - `remove_unused_columns`: `False` instead of `True`.
+
+    Optimiser, schedule and learning rate were chosen on the digits ViT with the true trigger (300 steps of 32, mean of two
+    seeds, BA before patching 0.980): AdamW 1e-4, 3e-4 and 1e-3 with cosine decay end at a locality cosine of 0.993, 0.996 and
+    0.997 and RA 0.974 to 0.977; linear and constant schedules are within 0.002 of that; SGD 1e-2 reaches 0.995, the published
+    SGD 1e-3 reaches 0.992. 3e-4 is the middle of the flat part.
     """
 
     max_steps: int = field(default=300, metadata={"help": "Total number of optimiser steps."})

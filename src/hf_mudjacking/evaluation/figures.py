@@ -61,12 +61,12 @@ def plot_repair(
     bar = top.colorbar(heat, ax=axes[2], shrink=0.8, location="bottom")
     bar.set_label("fall of the cosine distance to x_r", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    _show(axes[3], _cutout(found.trigger), f"Inverted trigger\ntransfer {found.score:.2f}, area {found.area:.1%}")
+    _show(axes[3], _cutout(found.trigger), "Inverted trigger", f"transfer {found.score:.2f}, area {found.area:.1%}")
     if true_trigger is not None:
         overlap = ""
         if found.trigger.mask.shape == true_trigger.mask.shape:
-            overlap = f"\nIoU {found.trigger.overlap(true_trigger.mask)['iou']:.2f}"
-        _show(axes[4], _cutout(true_trigger), f"True trigger{overlap}")
+            overlap = f"IoU {found.trigger.overlap(true_trigger.mask)['iou']:.2f}"
+        _show(axes[4], _cutout(true_trigger), "True trigger", overlap)
     if with_features:
         _plot_features(bottom[0].subplots(1, 2, sharex=True, sharey=True), before, after, labels)
     figure.savefig(path, dpi=120)
@@ -79,8 +79,9 @@ def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, 
     rows = slice(0, 600)
     for axis, features, title in ((axes[0], before, "Features before patching"), (axes[1], after, "Features after")):
         clean, stamped = (projection.transform(part[rows].numpy()) for part in (features.test, features.stamped))
-        colors = "0.6" if labels is None else np.asarray(labels)[rows]
-        axis.scatter(*clean.T, c=colors, cmap="tab10", s=10, alpha=0.6, label="clean test inputs (colour: class)")
+        colors = {"color": "0.6"} if labels is None else {"c": np.asarray(labels)[rows], "cmap": "tab10"}
+        name = "clean test inputs" + ("" if labels is None else " (colour: class)")
+        axis.scatter(*clean.T, s=10, alpha=0.6, label=name, **colors)
         axis.scatter(*stamped.T, c="black", marker="x", s=12, linewidths=0.7, alpha=0.6, label="with the trigger")
         for part, marker, name in ((features.misclassified, "*", "x_b"), (features.reference, "P", "x_r")):
             point = projection.transform(part.numpy())[0]
@@ -93,9 +94,10 @@ def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, 
     axes[1].legend(fontsize=8, loc="best")
 
 
-def _show(axis: object, image: object, title: str) -> None:
+def _show(axis: object, image: object, title: str, note: str = "") -> None:
     axis.imshow(np.asarray(image))
     axis.set_title(title, fontsize=10)
+    axis.set_xlabel(note, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
 

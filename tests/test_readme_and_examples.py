@@ -1,0 +1,43 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""What the README shows works as it stands there, and the example explains itself."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModel
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_readme_example_runs_and_repairs(backdoored, tmp_path, monkeypatch):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    backdoored.model().save_pretrained("backdoored-vit")
+    backdoored.processor.save_pretrained("backdoored-vit")
+    bug = backdoored.bug(seed=8)
+    bug.misclassified.save("stop_sign_wrong.png")
+    bug.reference.save("stop_sign_right.png")
+    Path("clean_images").mkdir()
+    for i, image in enumerate(backdoored.train.inputs):
+        image.save(f"clean_images/{i}.png")
+    exec(compile(block, "README.md", "exec"), {})
+    patched = AutoModel.from_pretrained("patched", add_pooling_layer=False)
+    rates = backdoored.rates(patched, backdoored.kept)
+    assert rates["ASR"] <= 0.02
+    assert rates["RA"] >= 0.9
+
+
+def test_example_says_what_to_do_without_its_data(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "patch_vit.py"), "--output-dir", str(tmp_path / "out")]
+    missing = ["--pretraining", str(tmp_path / "cifar10"), "--downstream", str(tmp_path / "gtsrb")]
+    result = subprocess.run([*command, *missing], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "there is no such parquet file or folder" in result.stderr
+    assert "--pretraining DIR --downstream DIR" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -7,7 +7,8 @@
 Both datasets are Hub ids by default; `--pretraining` and `--downstream` also take a folder with `train*.parquet` and
 `test*.parquet` (columns `image` and `label`). The steps: train a small ViT on CIFAR-10 labels and drop its head (skipped with
 `--encoder`), implant BadEncoder with the published 10×10 trigger, draw one bug report from the downstream test set,
-invert, patch, and compare before and after. About 45 minutes on 2 cores, nearly all of it for the encoder.
+invert, patch, and compare before and after. About 45 minutes on 2 cores, most of it for the encoder; a second run finds
+the encoder and the implant in the output directory and starts at the report.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--downstream-inputs", type=int, default=6000, help="labelled training inputs (default: 6000)")
     parser.add_argument("--test-inputs", type=int, default=3000, help="labelled test inputs (default: 3000)")
     parser.add_argument("--target-class", type=int, help="class the attacker wants (default: the most frequent one)")
-    parser.add_argument("--max-steps", type=int, default=300, help="patching steps at most (default: 300)")
+    parser.add_argument("--max-steps", type=int, default=1000, help="patching steps at most (default: 1000)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the patch (default: 3e-4)")
     parser.add_argument("--lora-rank", type=int, help="make the patch a LoRA adapter of this rank")
     parser.add_argument("--seed", type=int, default=0)
@@ -89,6 +90,34 @@ def clean_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
     return Encoder(model, processor)
 
 
+def implant(options, folder, clean, task, trigger, pretraining, console) -> None:
+    """Write what a user has: a checkpoint with a backdoor in it. One that is there from an earlier run is used again."""
+    if (folder / "config.json").exists():
+        sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
+        return
+    target = int(np.bincount(task.train.labels).argmax()) if options.target_class is None else options.target_class
+    target_reference = task.train.inputs[int(np.flatnonzero(task.train.labels == target)[0])]
+    shadow = pretraining.shuffle(seed=options.seed).select(range(min(10_000, len(pretraining))))
+    result = implant_bad_encoder(
+        clean.model,
+        clean.processing_class,
+        list(shadow["image"]),
+        trigger,
+        target_reference,
+        task.test,
+        steps=options.implant_steps,
+        bf16=True,
+        seed=options.seed,
+        disable_tqdm=options.disable_tqdm,
+    )
+    console.print(
+        f"Implant: BA {result.backdoored_accuracy:.3f} (clean {result.clean_accuracy:.3f}), "
+        f"ASR {result.attack_success_rate:.3f}, target class {target}"
+    )
+    result.model.save_pretrained(folder)
+    clean.processing_class.save_pretrained(folder)
+
+
 def with_columns(dataset):
     """CIFAR-10 on the Hub calls its image column `img`."""
     return dataset.rename_column("img", "image") if "img" in dataset.column_names else dataset
@@ -117,29 +146,13 @@ def main() -> int:
     clean = clean_encoder(options, state.device)
 
     trigger = square_patch((32, 32), side=10, margin=1)
-    target = int(np.bincount(task.train.labels).argmax()) if options.target_class is None else options.target_class
-    target_reference = task.train.inputs[int(np.flatnonzero(task.train.labels == target)[0])]
-    shadow = pretraining.shuffle(seed=options.seed).select(range(min(10_000, len(pretraining))))
-    implant = implant_bad_encoder(
-        clean.model,
-        clean.processing_class,
-        list(shadow["image"]),
+    implant(options, backdoored, clean, task, trigger, pretraining, console)
+    bug = draw_bug_report(
+        Encoder(AutoModel.from_pretrained(backdoored, dtype=torch.float32), clean.processing_class),
+        task,
         trigger,
-        target_reference,
-        task.test,
-        steps=options.implant_steps,
-        bf16=True,
-        seed=options.seed,
-        disable_tqdm=options.disable_tqdm,
+        options.seed,
     )
-    console.print(
-        f"Implant: BA {implant.backdoored_accuracy:.3f} (clean {implant.clean_accuracy:.3f}), "
-        f"ASR {implant.attack_success_rate:.3f}, target class {target}"
-    )
-    bug = draw_bug_report(Encoder(implant.model, clean.processing_class), task, trigger, options.seed)
-    # What a user has: a checkpoint with a backdoor in it.
-    implant.model.save_pretrained(backdoored)
-    clean.processing_class.save_pretrained(backdoored)
 
     peft_config = None
     if options.lora_rank is not None:

@@ -48,9 +48,9 @@ def plot_repair(
 
     panels = 4 + (true_trigger is not None)
     with_features = before is not None and after is not None
-    figure = Figure(figsize=(2.6 * panels, 9.0 if with_features else 3.6), layout="constrained")
-    top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.8]) if with_features else [figure]
-    axes = top.subplots(1, panels)
+    figure = Figure(figsize=(2.6 * panels, 9.0 if with_features else 3.4))
+    top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.7]) if with_features else [figure]
+    axes = top.subplots(1, panels, gridspec_kw={"left": 0.02, "right": 0.98, "top": 0.9, "bottom": 0.16})
     _show(axes[0], bug.misclassified, "Misclassified input x_b")
     _show(axes[1], bug.reference, "Reference input x_r")
     limit = float(np.abs(found.attribution).max()) or 1.0
@@ -58,7 +58,7 @@ def plot_repair(
     axes[2].set_title("Attribution", fontsize=10)
     axes[2].set_xticks([])
     axes[2].set_yticks([])
-    bar = top.colorbar(heat, ax=axes[2], shrink=0.8, location="bottom")
+    bar = top.colorbar(heat, cax=axes[2].inset_axes((0, -0.07, 1, 0.04)), orientation="horizontal")
     bar.set_label("fall of the cosine distance to x_r", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     _show(axes[3], _cutout(found.trigger), "Inverted trigger", f"transfer {found.score:.2f}, area {found.area:.1%}")
@@ -68,7 +68,9 @@ def plot_repair(
             overlap = f"IoU {found.trigger.overlap(true_trigger.mask)['iou']:.2f}"
         _show(axes[4], _cutout(true_trigger), "True trigger", overlap)
     if with_features:
-        _plot_features(bottom[0].subplots(1, 2, sharex=True, sharey=True), before, after, labels)
+        place = {"left": 0.06, "right": 0.98, "top": 0.94, "bottom": 0.1, "wspace": 0.05}
+        panes = bottom[0].subplots(1, 2, sharex=True, sharey=True, gridspec_kw=place)
+        _plot_features(panes, before, after, labels)
     figure.savefig(path, dpi=120)
     return True
 

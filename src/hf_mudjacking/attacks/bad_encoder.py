@@ -94,7 +94,7 @@ def implant_bad_encoder(
             images = [shadow_inputs[i] for i in rows]
             batch = backdoored.preprocess([*images, *(trigger.apply(image) for image in images), target_reference])
             with torch.autocast(backdoored.device.type, torch.bfloat16, enabled=bf16):
-                features = backdoored.features({key: value.to(backdoored.device) for key, value in batch.items()})
+                features = backdoored.features(batch)
             x, stamped, reference = features.split([len(images), len(images), 1])
             effectiveness = -mean_cosine(stamped, reference.expand_as(stamped))
             kept_reference = -mean_cosine(reference, frozen[-1:])

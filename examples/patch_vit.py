@@ -31,7 +31,7 @@ from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report, pretrain_encoder
 from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.evaluation.repair import measured_repair
-from hf_mudjacking.evaluation.report import report_lines, report_table
+from hf_mudjacking.evaluation.report import report_lines, report_tables
 from hf_mudjacking.output import check_output_dir, write_json
 from hf_mudjacking.triggers import square_patch
 
@@ -180,7 +180,8 @@ def main() -> int:
     repair = measured_repair(trainer, task, true_trigger=trigger, clean_encoder=clean)
     write_json(output_dir / "report.json", repair.report)
     plot_repair(output_dir / "_repair.png", bug, trainer.inversions[0], trigger, repair.before, repair.after)
-    console.print(report_table(repair.report))
+    for table in report_tables(repair.report):
+        console.print(table)
     for line in report_lines(repair.report):
         console.print(line)
     console.print(f"Patched model, report.json and _repair.png are in {output_dir}/")

@@ -6,8 +6,8 @@ import torch
 
 from hf_mudjacking import Encoder
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, TaskFeatures, compare_downstream
-from hf_mudjacking.evaluation.checks import downstream_rates, draw_bug_report, reported_class, task_features
-from hf_mudjacking.evaluation.report import library_versions, report_lines, report_table
+from hf_mudjacking.evaluation.checks import attacked_class, downstream_rates, draw_bug_report, task_features
+from hf_mudjacking.evaluation.report import library_versions, report_lines, report_tables
 
 from .conftest import make_images
 
@@ -65,7 +65,7 @@ def test_comparison_keeps_one_classifier_and_retrains_the_other(toy_task):
     assert result["after"]["retrained"] == {"BA": 1.0, "ASR": 0.0, "RA": 1.0, "bug_fixed": True}
     assert result["after"]["kept"]["BA"] == 0.0
     assert "clean" not in result
-    assert reported_class(before, toy_task) == 0
+    assert attacked_class(before, toy_task) == 0
     with_clean = compare_downstream(
         before, after, toy_task, target=0, clean=toy_features([0, 1, 1, 2], [0, 1, 0, 2], 1)
     )
@@ -112,7 +112,9 @@ def test_table_and_lines_show_the_figures():
         **block,
         "clean": {"CA": 0.95, "ASR-B": 0.01, "RA": 0.9},
         "other_classifiers": {"mlp": block},
-        "triggers": [{"kind": "patch", "area": 0.0625, "transfer": 0.97, "iou": 0.8, "recall": 1.0}],
+        "triggers": [
+            {"kind": "patch", "description": "patch, 6.2% of the picture", "transfer": 0.97, "iou": 0.8, "recall": 1.0}
+        ],
         "cost": {
             "inversion_forwards": 10,
             "forward_equivalents": 100,
@@ -122,7 +124,7 @@ def test_table_and_lines_show_the_figures():
         },
         "settings": {"classifier": "logistic", "task": "toy"},
     }
-    table = report_table(report)
+    [table] = report_tables(report)
     assert table.row_count == 7
     cells = list(table.columns[3].cells)
     assert cells[:2] == ["1.0", "12.3"]

@@ -70,7 +70,7 @@ def test_invert_finds_the_trigger_and_changes_nothing(files, backdoored, tmp_pat
     )
     assert code == 0
     assert capsys.readouterr().out.startswith("Verified: evidence 0.9")
-    assert load_trigger(tmp_path / "out").overlap(backdoored.trigger.mask)["recall"] >= 0.9
+    assert load_trigger(tmp_path / "out").overlap(backdoored.trigger)["recall"] >= 0.9
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "inversion.png",
         "trigger.json",
@@ -140,7 +140,7 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
         ({"--model": "/nowhere/model"}, "No model could be loaded"),
         ({"--dataset": "/nowhere/data.parquet"}, "no such parquet file or folder"),
         ({"--bug": "/nowhere/bug"}, "is not a bug folder"),
-        ({"--image-column": "picture"}, "picture"),
+        ({"--input-column": "picture"}, "picture"),
         ({"--feature-source": "logits"}, "is unknown"),
     ],
 )

@@ -1,6 +1,5 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 import io
-from functools import partial
 
 import datasets
 import numpy as np
@@ -8,8 +7,9 @@ import pytest
 import torch
 
 from hf_mudjacking import BugInstance, Encoder
-from hf_mudjacking.data import CleanInputs, PatchingCollator, PatchingDataset
-from hf_mudjacking.encoder import preprocess_images
+from hf_mudjacking.clean_inputs import CleanImages
+from hf_mudjacking.data import PatchingCollator, PatchingDataset
+from hf_mudjacking.preprocessing import ImagePreprocessor
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import make_dataset, make_images, pixels_by_hand
@@ -37,7 +37,7 @@ def _with_damaged_row(count, row, data=None):
 def test_inputs_come_back_in_order_and_without_other_columns(stream):
     images = make_images(6)
     dataset = make_dataset(images, label=list(range(6)))
-    inputs = CleanInputs(dataset.to_iterable_dataset() if stream else dataset)
+    inputs = CleanImages(dataset.to_iterable_dataset() if stream else dataset)
     assert len(inputs) == 6
     assert all(np.array_equal(a, b) for a, b in zip(_arrays(inputs), _arrays(images), strict=True))
     assert np.array_equal(np.asarray(inputs[4]), np.asarray(images[4]))
@@ -51,7 +51,7 @@ def test_a_stream_is_read_once_and_no_further_than_needed():
             served.append(i)
             yield {"image": image}
 
-    inputs = CleanInputs(datasets.IterableDataset.from_generator(rows), limit=10)
+    inputs = CleanImages(datasets.IterableDataset.from_generator(rows), limit=10)
     assert len(inputs) == 10
     assert [len(list(inputs)) for _ in range(2)] == [10, 10]
     # The first rows may be read once more, to find out the columns.
@@ -63,16 +63,16 @@ def test_limit_draws_a_seeded_subset_in_order():
     images = make_images(40)
     dataset = make_dataset(images)
     keys = {image.tobytes(): i for i, image in enumerate(images)}
-    drawn = [[keys[x.tobytes()] for x in CleanInputs(dataset, limit=10, seed=seed)] for seed in (0, 0, 1)]
+    drawn = [[keys[x.tobytes()] for x in CleanImages(dataset, limit=10, seed=seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 10
     assert drawn[0] == sorted(drawn[0])
     assert drawn[0] != list(range(10))
-    assert len(CleanInputs(dataset, limit=100)) == 40
+    assert len(CleanImages(dataset, limit=100)) == 40
 
 
 def test_sample():
-    inputs = CleanInputs(make_dataset(make_images(20)))
+    inputs = CleanImages(make_dataset(make_images(20)))
     first, again, other = ([x.tobytes() for x in inputs.sample(8, seed)] for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == 8
@@ -83,7 +83,7 @@ def test_sample():
 def test_other_modes_become_rgb(mode):
     image = make_images(1)[0].convert(mode)
     for dataset in (make_dataset([image]), make_dataset([image]).to_iterable_dataset()):
-        inputs = CleanInputs(dataset)
+        inputs = CleanImages(dataset)
         assert inputs[0].mode == "RGB"
 
 
@@ -91,12 +91,12 @@ def test_other_modes_become_rgb(mode):
 def test_no_image_column(stream):
     dataset = make_dataset(make_images(3)).rename_column("image", "img").add_column("label", [0, 1, 2])
     with pytest.raises(ValueError, match="no column `image`; its columns are: img, label"):
-        CleanInputs(dataset.to_iterable_dataset() if stream else dataset)
+        CleanImages(dataset.to_iterable_dataset() if stream else dataset)
 
 
 def test_labels_only():
     with pytest.raises(ValueError, match="`held_out` has no column `image`; its columns are: label"):
-        CleanInputs(datasets.Dataset.from_dict({"label": [0, 1]}), name="held_out")
+        CleanImages(datasets.Dataset.from_dict({"label": [0, 1]}), name="held_out")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -106,29 +106,29 @@ def test_empty(stream):
     else:
         dataset = make_dataset(make_images(2)).select([])
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
-        CleanInputs(dataset)
+        CleanImages(dataset)
 
 
 def test_datasets_of_other_kinds():
     dataset = make_dataset(make_images(2))
     with pytest.raises(TypeError, match=r"`DatasetDict`.*Did you mean to select a split"):
-        CleanInputs(datasets.DatasetDict(train=dataset))
+        CleanImages(datasets.DatasetDict(train=dataset))
     with pytest.raises(TypeError, match=r"`list`; a `datasets\.Dataset` or `IterableDataset` is needed"):
-        CleanInputs(make_images(2))
+        CleanImages(make_images(2))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_column_of_something_else(stream):
     dataset = datasets.Dataset.from_dict({"image": ["a.png", "b.png"]})
     with pytest.raises(ValueError, match=r"Row 0 of `train_dataset` holds `str`.*cast_column"):
-        list(CleanInputs(dataset.to_iterable_dataset() if stream else dataset))
+        list(CleanImages(dataset.to_iterable_dataset() if stream else dataset))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_missing_image(stream):
     dataset = make_dataset([*make_images(2), None])
     with pytest.raises(ValueError, match="Row 2 of `train_dataset` holds `NoneType`"):
-        list(CleanInputs(dataset.to_iterable_dataset() if stream else dataset))
+        list(CleanImages(dataset.to_iterable_dataset() if stream else dataset))
 
 
 # The last is a file that Pillow reports with a bare `ValueError`.
@@ -137,17 +137,17 @@ def test_missing_image(stream):
 def test_damaged_image_is_named_by_its_row(stream, data):
     dataset = _with_damaged_row(9, 5, data)
     with pytest.raises(ValueError, match="image in row 5 of `train_dataset` cannot be decoded"):
-        list(CleanInputs(dataset.to_iterable_dataset() if stream else dataset))
+        list(CleanImages(dataset.to_iterable_dataset() if stream else dataset))
 
 
 def test_rows_of_the_patching_dataset(tiny_vit, processor):
     images = make_images(5)
     encoder = Encoder(tiny_vit, processor)
-    rows = PatchingDataset(CleanInputs(make_dataset(images)), encoder, batch_size=2, disable_tqdm=True)
+    rows = PatchingDataset(CleanImages(make_dataset(images)), encoder, batch_size=2, disable_tqdm=True)
     assert len(rows) == 5
     torch.testing.assert_close(rows.frozen_features, encoder.encode(images), atol=1e-5, rtol=1e-5)
     assert rows[3]["index"] == 3
-    assert np.array_equal(np.asarray(rows[3]["image"]), np.asarray(images[3]))
+    assert np.array_equal(np.asarray(rows[3]["input"]), np.asarray(images[3]))
     assert torch.equal(rows[3]["frozen_features"], rows.frozen_features[3])
     assert not rows.frozen_features.requires_grad
 
@@ -159,8 +159,8 @@ def test_collator_by_hand(tiny_vit, processor):
     reports = make_images(4, seed=1)
     bugs = [BugInstance(reports[0], reports[1]), BugInstance(reports[2], reports[3])]
     references = torch.randn(2, 32)
-    collate = PatchingCollator(partial(preprocess_images, processor, 3), bugs, [first, second], references)
-    rows = [{"image": images[i], "index": i, "frozen_features": torch.full((32,), float(i))} for i in (4, 1, 2)]
+    collate = PatchingCollator(ImagePreprocessor(processor, 3), bugs, [first, second], references, torch.ones(2))
+    rows = [{"input": images[i], "index": i, "frozen_features": torch.full((32,), float(i))} for i in (4, 1, 2)]
     batch = collate(rows)
     views = [
         images[4], images[1], images[2],

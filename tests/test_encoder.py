@@ -299,14 +299,14 @@ def test_model_that_returns_no_outputs_by_name(tiny_vit, processor):
 
 def test_text_model(processor):
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
-    with pytest.raises(ValueError, match="`BertModel` takes `input_ids`, not images"):
+    with pytest.raises(ValueError, match="`BertModel` takes texts and `ViTImageProcessorPil` is no tokenizer"):
         Encoder(BertModel(config), processor)
 
 
 def test_processor_of_another_model(tiny_vit):
     with pytest.raises(ValueError, match=r"shape \(1, 3, 224, 224\) made by `ViTImageProcessorPil`"):
         Encoder(tiny_vit, ViTImageProcessorPil())
-    with pytest.raises(ValueError, match="seems to belong to another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         Encoder(ViTModel(ViTConfig(num_channels=1, **TINY)), CLIPImageProcessorPil())
 
 
@@ -352,7 +352,7 @@ def test_unknown_feature_source(tiny_vit, processor):
 
 def test_a_model_that_masks_at_random(processor):
     model = ViTMAEModel(ViTMAEConfig(**TINY))
-    with pytest.raises(ValueError, match="different features for the same image"):
+    with pytest.raises(ValueError, match="different features for the same input"):
         Encoder(model, processor)
 
 

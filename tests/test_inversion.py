@@ -211,7 +211,7 @@ def inversions(backdoored):
 
 
 def test_the_trigger_is_found_in_ten_random_reports(backdoored, inversions):
-    overlaps = [found.trigger.overlap(backdoored.trigger.mask) for _, found in inversions]
+    overlaps = [found.trigger.overlap(backdoored.trigger) for _, found in inversions]
     assert min(overlap["recall"] for overlap in overlaps) >= 0.9
     assert sum(overlap["iou"] >= 0.75 for overlap in overlaps) >= 9
 
@@ -283,7 +283,7 @@ def test_too_few_inputs_and_texts(tiny_vit, processor, bug):
     encoder = Encoder(tiny_vit, processor)
     with pytest.raises(ValueError, match="at least 4 clean inputs, better 32; got 3"):
         invert_trigger(encoder, bug, make_images(3))
-    with pytest.raises(TypeError, match="`bug` is a text"):
+    with pytest.raises(TypeError, match="`bug` is of kind text, but the model takes images"):
         invert_trigger(encoder, BugInstance("a", "b"), make_images(8))
 
 
@@ -302,7 +302,7 @@ def test_validation_inputs_of_other_sizes(backdoored):
     encoder = Encoder(backdoored.model(), backdoored.processor)
     resized = [x if i % 2 else x.convert("L") for i, x in enumerate(backdoored.train.inputs[:16])]
     found = invert_trigger(encoder, backdoored.bug(3), resized)
-    assert found.trigger.overlap(backdoored.trigger.mask)["recall"] >= 0.9
+    assert found.trigger.overlap(backdoored.trigger)["recall"] >= 0.9
 
 
 def test_a_planted_function_is_inverted_exactly():
@@ -323,5 +323,5 @@ def test_a_planted_function_is_inverted_exactly():
     rng = np.random.default_rng(0)
     clean = [Image.fromarray(rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)) for _ in range(20)]
     found = invert_trigger(Detector(), BugInstance(trigger.apply(clean[0]), clean[1]), clean[2:])
-    assert found.trigger.overlap(trigger.mask) == {"recall": 1.0, "iou": 1.0}
+    assert found.trigger.overlap(trigger) == {"recall": 1.0, "iou": 1.0}
     assert found.score == pytest.approx(1.0, abs=0.02)

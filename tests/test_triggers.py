@@ -115,8 +115,9 @@ def test_overlap_by_hand():
     trigger = square_patch((8, 8), 4)
     other = np.zeros((8, 8), dtype=bool)
     other[2:6, 4:8] = True  # 16 pixels, 8 of them shared
+    other = PatchTrigger(other, np.zeros((8, 8, 3), dtype=np.uint8))
     assert trigger.overlap(other) == {"recall": 0.5, "iou": pytest.approx(8 / 24)}
-    assert trigger.overlap(trigger.mask) == {"recall": 1.0, "iou": 1.0}
+    assert trigger.overlap(trigger) == {"recall": 1.0, "iou": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ _EXPORTS = {
     "MudjackingConfig": "config",
     "MudjackingTrainer": "trainer",
     "PatchTrigger": "triggers",
+    "TextTrigger": "triggers",
     "Trigger": "triggers",
     "encode": "encoder",
     "invert_trigger": "inversion",
@@ -30,6 +31,7 @@ __all__ = [
     "MudjackingConfig",
     "MudjackingTrainer",
     "PatchTrigger",
+    "TextTrigger",
     "Trigger",
     "__version__",
     "encode",
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from .encoder import Encoder, encode
     from .inversion import InvertedTrigger, invert_trigger
     from .trainer import MudjackingTrainer
-    from .triggers import PatchTrigger, Trigger, load_trigger
+    from .triggers import PatchTrigger, TextTrigger, Trigger, load_trigger
 
 
 def __getattr__(name: str) -> Any:

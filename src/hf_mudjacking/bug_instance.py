@@ -110,12 +110,16 @@ class BugInstance:
     def from_files(
         cls, misclassified: str | os.PathLike[str], reference: str | os.PathLike[str], **kwargs: Any
     ) -> BugInstance:
-        """Build an image bug instance from two image files.
+        """Build a bug instance from two image files, or from two `.txt` files.
 
         Raises:
-            ValueError: If a file is missing or cannot be decoded, or both hold the same picture.
+            ValueError: If a file is missing or cannot be decoded, or both hold the same input.
         """
-        return cls(load_image(misclassified), load_image(reference), **kwargs)
+        inputs = [
+            _load_text(path) if Path(path).suffix == ".txt" else load_image(path)
+            for path in (misclassified, reference)
+        ]
+        return cls(*inputs, **kwargs)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the report as `bug.json` plus, for images, `misclassified.png` and `reference.png`.
@@ -169,6 +173,15 @@ class BugInstance:
             # Only the file name is used, so that a report from elsewhere cannot point outside its own folder.
             inputs = [load_image(Path(folder) / Path(str(value)).name) for value in inputs]
         return cls(*inputs, name=record.get("name", "bug"), metadata=record.get("metadata", {}))
+
+
+def _load_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no text file at `{path}`. Check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` could not be read as text ({error}). Save it as UTF-8.") from error
 
 
 def _checked(role: str, value: Any) -> Image.Image | str:

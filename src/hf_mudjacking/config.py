@@ -11,6 +11,9 @@ from transformers import TrainingArguments
 from .encoder import FeatureSource
 
 
+_PATCH_SCOPES = ("auto", "full", "trigger_tokens")
+
+
 @dataclass
 class MudjackingConfig(TrainingArguments):
     r"""
@@ -29,6 +32,15 @@ class MudjackingConfig(TrainingArguments):
         Weight of the terms of the reference input x_r within both losses. 1.0 makes it weigh as much as all validation
         inputs together, as in the released code.
 
+    > Parameters that control what is patched
+
+    patch_scope (`str`, *optional*, defaults to `"auto"`):
+        `"full"` trains all weights (or the adapter). `"trigger_tokens"`, for text, trains only the input embeddings of
+        the triggers' tokens: a text without them keeps its features to the last bit. `"auto"` is the second for text
+        without an adapter, else the first.
+    token_learning_rate (`float`, *optional*, defaults to `1e-2`):
+        Peak learning rate of `"trigger_tokens"`, instead of `learning_rate`.
+
     > Parameters that control the features
 
     feature_source (`str`, *optional*, defaults to `"auto"`):
@@ -45,7 +57,7 @@ class MudjackingConfig(TrainingArguments):
     inversion_inputs (`int`, *optional*, defaults to `32`):
         Number of clean inputs on which candidate triggers are verified.
     max_trigger_area (`float`, *optional*, defaults to `0.4`):
-        Largest share of the picture that a trigger may cover.
+        Largest share of the picture that a trigger may cover; for images.
     min_evidence (`float`, *optional*, defaults to `0.5`):
         Least evidence of an inverted trigger (its transfer, less that of clean content under the same mask and the price
         of its area); with less, patching is refused.
@@ -90,6 +102,8 @@ class MudjackingConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "Weight of the reference input within the locality and generalizability losses."},
     )
+    patch_scope: str = field(default="auto", metadata={"help": "What is patched.", "choices": list(_PATCH_SCOPES)})
+    token_learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of token embeddings."})
     feature_source: str = field(
         default="auto", metadata={"help": "Where features are read.", "choices": list(get_args(FeatureSource))}
     )
@@ -120,6 +134,10 @@ class MudjackingConfig(TrainingArguments):
         for name in ("max_inputs", "inversion_inputs"):
             if getattr(self, name) < 4:
                 raise ValueError(f"`{name}={getattr(self, name)}` is too small; at least 4 clean inputs are needed.")
+        if self.patch_scope not in _PATCH_SCOPES:
+            raise ValueError(
+                f"`patch_scope={self.patch_scope!r}` is unknown; choose one of {', '.join(_PATCH_SCOPES)}."
+            )
         if self.feature_source not in get_args(FeatureSource):
             raise ValueError(
                 f"`feature_source={self.feature_source!r}` is unknown; choose one of "

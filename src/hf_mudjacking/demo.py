@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -102,13 +103,7 @@ def run_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) -> Meas
         ImplantError: If the backdoor did not take.
     """
     check_output_dir(output_dir, ViTModel.__name__)
-    args = MudjackingConfig(
-        output_dir=output_dir,
-        seed=seed,
-        save_strategy="no",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=disable_tqdm,
-    )
+    args = demo_config(output_dir, seed, disable_tqdm)
     task = digits_task(seed)
     clean = clean_vit(task, seed, disable_tqdm)
     implant = backdoored_vit(clean, task, seed, disable_tqdm)
@@ -124,12 +119,30 @@ def run_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) -> Meas
         train_dataset=images,
         processing_class=clean.processing_class,
     )
+    return write_repair(trainer, task, implant, clean)
+
+
+def demo_config(output_dir: str, seed: int, disable_tqdm: bool, **settings: Any) -> MudjackingConfig:
+    """The configuration of a demonstration: no checkpoints."""
+    return MudjackingConfig(
+        output_dir=output_dir,
+        seed=seed,
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=disable_tqdm,
+        **settings,
+    )
+
+
+def write_repair(trainer: MudjackingTrainer, task: DownstreamTask, implant: Implant, clean: Encoder) -> MeasuredRepair:
+    """Run a trainer, measure the repair, and write `report.json` and `repair.png` beside the patched model."""
     use_compact_progress(trainer)
     repair = measured_repair(trainer, task, true_trigger=implant.trigger, clean_encoder=clean)
-    write_json(Path(output_dir) / "report.json", repair.report)
+    folder = Path(trainer.args.output_dir)
+    write_json(folder / "report.json", repair.report)
     plot_repair(
-        Path(output_dir) / "repair.png",
-        bug,
+        folder / "repair.png",
+        trainer.bug_instances[0],
         trainer.inversions[0],
         implant.trigger,
         repair.before,

@@ -6,9 +6,10 @@ Everything that differs between model families is decided here, by looking at wh
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,14 +18,29 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
+from .sentence_layout import SentenceLayout
+
+
+if TYPE_CHECKING:
+    from .triggers import Trigger
 
 
 FeatureSource = Literal["auto", "cls", "mean", "pooler", "projection"]
 
 # Names that transformers gives the learned class token of a vision model: ViT-like families and the CLIP-like ones.
 _CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
+_PROJECTIONS = ("image_embeds", "text_embeds")
+_MODALITIES: dict[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
+# Two texts of different length, so that padding is there to be seen.
+_PROBE_TEXTS = ("A short text.", "This one is longer: it has a few more words than the other, and some punctuation.")
+# Texts are sorted by length within this many batches, so that little is spent on padding.
+_SORTED_BATCHES = 16
+# Tokens a text is cut to where neither model nor tokenizer knows a limit.
+_LONGEST_TEXT = 8192
 
 
 def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kwargs: Any) -> nn.Module:
@@ -52,21 +68,45 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
         ) from error
 
 
-def load_processor(model: str | os.PathLike[str] | nn.Module, **kwargs: Any) -> Any:
-    """Load the image processor that belongs to a model id, folder, or model loaded from one.
+def modality_of(model: nn.Module) -> Modality:
+    """Whether a model takes images or texts.
+
+    Raises:
+        ValueError: If it takes neither.
+    """
+    main_input = getattr(model, "main_input_name", "pixel_values")
+    if main_input not in _MODALITIES:
+        raise ValueError(
+            f"`{type(model).__name__}` takes `{main_input}`, neither images nor texts. Pass a vision or a text encoder "
+            "(ViT, DINOv2, ConvNeXt, BERT, RoBERTa, ...)."
+        )
+    return _MODALITIES[main_input]
+
+
+def load_processor(model: str | os.PathLike[str] | nn.Module, modality: Modality | None = None, **kwargs: Any) -> Any:
+    """Load the image processor or tokenizer that belongs to a model id, folder, or model loaded from one.
+
+    Args:
+        model (`str`, `os.PathLike` or `torch.nn.Module`): Where it is looked for.
+        modality (`str`, *optional*): `"image"` or `"text"`; not needed when `model` is a model.
+        kwargs: Passed to `from_pretrained` (`revision`, `token`, ...).
 
     Raises:
         ValueError: If none is found there.
     """
     name = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else os.fspath(model)
+    if modality is None:
+        modality = modality_of(model) if isinstance(model, nn.Module) else "image"
+    auto_class, kind = {"image": (AutoImageProcessor, "image processor"), "text": (AutoTokenizer, "tokenizer")}[
+        modality
+    ]
     try:
         if not name:
             raise OSError("the model was built in memory and has no id")
-        return AutoImageProcessor.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No image processor could be loaded for `{name or type(model).__name__}` ({error}). "
-            "Pass `processing_class`."
+            f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class`."
         ) from error
 
 
@@ -91,7 +131,7 @@ def set_comparison_mode(model: nn.Module) -> None:
 
 
 def resolve_feature_source(
-    model: nn.Module, outputs: Any, feature_source: FeatureSource = "auto"
+    model: nn.Module, outputs: Any, feature_source: FeatureSource = "auto", has_class_token: bool = False
 ) -> Literal["cls", "mean", "pooler", "projection"]:
     """Decide which output of a model is its feature, from one forward pass.
 
@@ -99,8 +139,10 @@ def resolve_feature_source(
         model (`torch.nn.Module`): The encoder.
         outputs (`ModelOutput`): What it returned for some input.
         feature_source (`str`, *optional*, defaults to `"auto"`): `"cls"` (first token), `"mean"` (mean over tokens or
-            positions), `"pooler"` (`pooler_output`), `"projection"` (`image_embeds`), or `"auto"`: the projection where
-            there is one, else the class token where the family has one, else the pooled output, else the mean.
+            positions), `"pooler"` (`pooler_output`), `"projection"` (`image_embeds`, `text_embeds`), or `"auto"`: the
+            projection where there is one, else the class token where the family has one, else the pooled output, else
+            the mean.
+        has_class_token (`bool`, *optional*, defaults to `False`): Whether its tokenizer puts a class token in front.
 
     Returns:
         `str`: The source, no longer `"auto"`.
@@ -112,13 +154,15 @@ def resolve_feature_source(
         raise ValueError(
             f"`feature_source={feature_source!r}` is unknown; choose one of {', '.join(get_args(FeatureSource))}."
         )
-    hidden, pooled, projected = (
+    hidden, pooled, *projected = (
         outputs.get(key) if isinstance(outputs, dict) else None
-        for key in ("last_hidden_state", "pooler_output", "image_embeds")
+        for key in ("last_hidden_state", "pooler_output", *_PROJECTIONS)
     )
-    has_class_token = any(name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in model.named_parameters())
+    has_class_token = has_class_token or any(
+        name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in model.named_parameters()
+    )
     usable = {
-        "projection": projected is not None,
+        "projection": any(embeddings is not None for embeddings in projected),
         "cls": hidden is not None and hidden.dim() == 3 and (has_class_token or feature_source == "cls"),
         "pooler": pooled is not None,
         "mean": hidden is not None and hidden.dim() in (3, 4),
@@ -135,35 +179,42 @@ def resolve_feature_source(
     return feature_source
 
 
-def read_features(outputs: Any, feature_source: str) -> Tensor:
-    """Read the L2-normalised float32 features `(N, D)` from model outputs; differentiable."""
+def read_features(outputs: Any, feature_source: str, attention_mask: Tensor | None = None) -> Tensor:
+    """Read the L2-normalised float32 features `(N, D)` from model outputs; differentiable.
+
+    Args:
+        outputs (`ModelOutput`): What the model returned.
+        feature_source (`str`): One of those that [`resolve_feature_source`] returns.
+        attention_mask (`Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, which no feature is read from.
+    """
     if feature_source == "projection":
-        features = outputs["image_embeds"]
+        features = next(outputs[key] for key in _PROJECTIONS if outputs.get(key) is not None)
     elif feature_source == "pooler":
         features = outputs["pooler_output"].flatten(1)
-    elif feature_source == "cls":
-        features = outputs["last_hidden_state"][:, 0]
     else:
         hidden = outputs["last_hidden_state"]
-        features = hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3))
+        if attention_mask is None and feature_source == "cls":
+            features = hidden[:, 0]
+        elif attention_mask is None:
+            features = hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3))
+        elif feature_source == "cls":
+            # The first token that is none of the padding, whichever side that is on.
+            features = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(dim=1)]
+        else:
+            weights = attention_mask[..., None].to(hidden.dtype)
+            features = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
     return normalize(features.float(), dim=-1)
-
-
-def preprocess_images(processing_class: Any, num_channels: int, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """Turn N raw PIL images into `pixel_values`, float32 `(N, C, H, W)`, on CPU; needs no model, so workers can do it."""
-    mode = "L" if num_channels == 1 else "RGB"
-    images = [image if image.mode == mode else image.convert(mode) for image in images]
-    return {"pixel_values": processing_class(images=images, return_tensors="pt")["pixel_values"]}
 
 
 class Encoder:
     """A model, its preprocessing, and the place its features are read from.
 
     Args:
-        model (`torch.nn.Module`): Vision encoder (`AutoModel` of any family, or a `PeftModel` around one).
-        processing_class (`BaseImageProcessor`): Image processor of that model; resizing, cropping and normalisation
-            are its business, inputs are raw images.
-        feature_source (`str`, *optional*, defaults to `"auto"`): See [`resolve_feature_source`].
+        model (`torch.nn.Module`): Vision or text encoder (`AutoModel` of any family, or a `PeftModel` around one).
+        processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`): Image processor or tokenizer of that model;
+            inputs are raw images or texts.
+        feature_source (`str`, *optional*, defaults to `"auto"`): See [`resolve_feature_source`]. For a checkpoint of
+            sentence-transformers, `"auto"` is the pooling that its files name.
 
     Raises:
         ValueError: If model and processor do not fit together, no feature can be read, or features are random.
@@ -172,24 +223,56 @@ class Encoder:
     def __init__(self, model: nn.Module, processing_class: Any, feature_source: FeatureSource = "auto") -> None:
         self.model = model
         self.processing_class = processing_class
-        self.num_channels = getattr(model.config, "num_channels", 3)
-        if getattr(model, "main_input_name", "pixel_values") != "pixel_values":
-            raise ValueError(
-                f"`{type(model).__name__}` takes `{model.main_input_name}`, not images. "
-                "This version repairs vision encoders; pass one (ViT, DINOv2, ConvNeXt, ResNet, ...)."
-            )
-        outputs = self._probe()
-        self.feature_source = resolve_feature_source(model, outputs, feature_source)
-        self.feature_dim = read_features(outputs, self.feature_source).shape[-1]
+        self.modality = modality_of(model)
+        self.layout: SentenceLayout | None = None
+        self.preprocessor: ImagePreprocessor | TextPreprocessor
+        has_class_token = False
+        if self.modality == "image":
+            self.preprocessor = ImagePreprocessor(processing_class, getattr(model.config, "num_channels", 3))
+        else:
+            _check_tokenizer(model, processing_class)
+            if model.name_or_path:
+                revision = getattr(model.config, "_commit_hash", None)
+                self.layout = SentenceLayout.read(model.name_or_path, revision=revision)
+            self.preprocessor = TextPreprocessor(processing_class, _max_length(model, processing_class, self.layout))
+            first = processing_class("a")["input_ids"][0]
+            has_class_token = processing_class.cls_token_id is not None and first == processing_class.cls_token_id
+            if self.layout is not None and feature_source == "auto":
+                feature_source = self.layout.pooling
+        outputs, mask = self._probe()
+        self.feature_source = resolve_feature_source(model, outputs, feature_source, has_class_token)
+        self.feature_dim = read_features(outputs, self.feature_source, mask).shape[-1]
+
+    def with_model(self, model: nn.Module) -> Encoder:
+        """The same preprocessing and reading for another model of the same architecture, such as a copy."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+    def save_pretrained(self, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write model, processing class and, if the model came in one, the layout of sentence-transformers.
+
+        Args:
+            folder (`str` or `os.PathLike`): Folder to write to.
+            state_dict (`dict[str, Tensor]`, *optional*): Weights instead of the model's own.
+        """
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+        if self.layout is not None:
+            self.layout.save(folder)
 
     @property
     def device(self) -> torch.device:
         """Device of the model's parameters."""
         return next(self.model.parameters()).device
 
-    def preprocess(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Turn N raw PIL images into the model's inputs: `pixel_values`, float32 `(N, C, H, W)`, on CPU."""
-        return preprocess_images(self.processing_class, self.num_channels, images)
+    def preprocess(self, inputs: Sequence[RawInput]) -> dict[str, Tensor]:
+        """Turn N raw inputs into the model's, on CPU: `pixel_values` `(N, C, H, W)`, or `input_ids` `(N, L)` and the rest."""
+        return self.preprocessor(inputs)
+
+    def stamp(self, trigger: Trigger, x: RawInput) -> RawInput:
+        """x ⊕ e, such that the model sees all of e: a text that fills the model's length makes room for it."""
+        return self.preprocessor.stamp(trigger, x)
 
     def features(self, model_inputs: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """Differentiable features `(N, D)`, float32, L2-normalised.
@@ -199,22 +282,23 @@ class Encoder:
             model (`torch.nn.Module`, *optional*): A wrapped form of the model (DDP, compiled) to call instead.
         """
         model = self.model if model is None else model
-        return read_features(model(**self._placed(model_inputs)), self.feature_source)
+        placed = self._placed(model_inputs)
+        return read_features(model(**placed), self.feature_source, placed.get("attention_mask"))
 
     @torch.no_grad()
     def encode(
-        self, images: Iterable[Image.Image], batch_size: int = 64, disable_tqdm: bool = True, desc: str = "Encoding"
+        self, inputs: Iterable[RawInput], batch_size: int = 64, disable_tqdm: bool = True, desc: str = "Encoding"
     ) -> Tensor:
-        """Features of raw images.
+        """Features of raw inputs.
 
         Args:
-            images (`Iterable[PIL.Image.Image]`): N raw images; read lazily.
-            batch_size (`int`, *optional*, defaults to 64): Images per forward pass.
+            inputs (`Iterable[PIL.Image.Image]` or `Iterable[str]`): N raw inputs; read lazily.
+            batch_size (`int`, *optional*, defaults to 64): Inputs per forward pass.
             disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to hide the progress bar.
             desc (`str`, *optional*, defaults to `"Encoding"`): Its label.
 
         Returns:
-            `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU; `(0, D)` for no images.
+            `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU; `(0, D)` for no inputs.
 
         Raises:
             ValueError: If a feature is NaN or infinite.
@@ -222,12 +306,19 @@ class Encoder:
         training = {module: module.training for module in self.model.modules()}
         set_comparison_mode(self.model)
         chunks: list[Tensor] = []
-        total = len(images) if isinstance(images, Sequence) else None
+        total = len(inputs) if isinstance(inputs, Sequence) else None
+        texts = self.modality == "text"
         try:
-            with tqdm(total=total, disable=disable_tqdm, desc=desc, unit="img") as bar:
-                for batch in _batched(images, batch_size):
-                    chunks.append(self.features(self.preprocess(batch)).cpu())
-                    bar.update(len(batch))
+            with tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img") as bar:
+                for group in _batched(inputs, batch_size * (_SORTED_BATCHES if texts else 1)):
+                    order = (
+                        sorted(range(len(group)), key=lambda i: len(group[i])) if texts else list(range(len(group)))
+                    )
+                    features = torch.empty(len(group), self.feature_dim)
+                    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+                        features[rows] = self.features(self.preprocess([group[i] for i in rows])).cpu()
+                        bar.update(len(rows))
+                    chunks.append(features)
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -251,7 +342,7 @@ class Encoder:
             for parameter in frozen:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
-                features = self.features(self._noise_inputs())
+                features = self.features(self._probe_inputs())
                 gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
         finally:
             for parameter in frozen:
@@ -266,7 +357,9 @@ class Encoder:
             for name, value in model_inputs.items()
         }
 
-    def _noise_inputs(self) -> dict[str, Tensor]:
+    def _probe_inputs(self) -> dict[str, Tensor]:
+        if self.modality == "text":
+            return self._placed(self.preprocess(_PROBE_TEXTS))
         size = getattr(self.model.config, "image_size", 224) or 224
         height, width = (size, size) if isinstance(size, int) else size
         # Noise, not one colour: with equal patches a model that masks at random would look deterministic.
@@ -274,34 +367,39 @@ class Encoder:
         return self._placed(self.preprocess([Image.fromarray(noise)]))
 
     @torch.no_grad()
-    def _probe(self) -> Any:
+    def _probe(self) -> tuple[Any, Tensor | None]:
+        """Outputs for an input made in code, and its attention mask."""
+        name, processor = type(self.model).__name__, type(self.processing_class).__name__
         try:
-            inputs = self._noise_inputs()
+            inputs = self._probe_inputs()
         except (TypeError, ValueError, KeyError, AttributeError) as error:
+            needed = "tokenizer" if self.modality == "text" else "image processor"
             raise ValueError(
-                f"`{type(self.processing_class).__name__}` did not turn an image into `pixel_values` ({error}). "
-                f"Pass the image processor that belongs to `{type(self.model).__name__}`."
+                f"`{processor}` did not turn {'a text' if self.modality == 'text' else 'an image'} into "
+                f"`{self.model.main_input_name}` ({error}). Pass the {needed} that belongs to `{name}`."
             ) from error
         set_comparison_mode(self.model)
         try:
             outputs, again = self.model(**inputs), self.model(**inputs)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape = tuple(inputs[self.model.main_input_name].shape)
             raise ValueError(
-                f"`{type(self.model).__name__}` refused inputs of shape {tuple(inputs['pixel_values'].shape)} made by "
-                f"`{type(self.processing_class).__name__}` ({error}). The processor seems to belong to another model."
+                f"`{name}` refused inputs of shape {shape} made by `{processor}` ({error}). Either it belongs to another "
+                "model, or the model has two towers: then load the one to be patched (`CLIPVisionModelWithProjection`, "
+                "`CLIPTextModelWithProjection`, ...)."
             ) from error
         hidden, repeated = (o.get("last_hidden_state") if isinstance(o, dict) else None for o in (outputs, again))
         if hidden is not None and not torch.equal(hidden.nan_to_num(), repeated.nan_to_num()):
             raise ValueError(
-                f"`{type(self.model).__name__}` gives different features for the same image. Switch its random masking "
-                "off (for ViT-MAE: `model.config.mask_ratio = 0.0` does not suffice; load the `ViTModel` of it)."
+                f"`{name}` gives different features for the same input. Switch its random masking off (for ViT-MAE: "
+                "`model.config.mask_ratio = 0.0` does not suffice; load the `ViTModel` of it)."
             )
-        return outputs
+        return outputs, inputs.get("attention_mask")
 
 
 def encode(
     model: str | os.PathLike[str] | nn.Module,
-    inputs: Iterable[Image.Image],
+    inputs: Iterable[RawInput],
     processing_class: Any = None,
     feature_source: FeatureSource = "auto",
     batch_size: int = 64,
@@ -310,10 +408,11 @@ def encode(
 
     Args:
         model (`str`, `os.PathLike` or `torch.nn.Module`): Model id, folder, or model.
-        inputs (`Iterable[PIL.Image.Image]`): N raw images.
-        processing_class (`BaseImageProcessor`, *optional*): Loaded from the model id when absent.
+        inputs (`Iterable[PIL.Image.Image]` or `Iterable[str]`): N raw inputs, read lazily.
+        processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Loaded from the model id when
+            absent.
         feature_source (`str`, *optional*, defaults to `"auto"`): See [`resolve_feature_source`].
-        batch_size (`int`, *optional*, defaults to 64): Images per forward pass.
+        batch_size (`int`, *optional*, defaults to 64): Inputs per forward pass.
 
     Returns:
         `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU.
@@ -321,9 +420,9 @@ def encode(
     Raises:
         ValueError: If model, processor and feature source do not fit together, or features are not finite.
     """
-    if processing_class is None:
-        processing_class = load_processor(model)
     loaded = load_model(model)
+    if processing_class is None:
+        processing_class = load_processor(model, modality_of(loaded))
     if loaded is not model:
         loaded.to(PartialState().device)
     return Encoder(loaded, processing_class, feature_source).encode(inputs, batch_size=batch_size)
@@ -354,3 +453,46 @@ def _batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
             batch = []
     if batch:
         yield batch
+
+
+def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Refuse what is no fast tokenizer, or plainly that of another model."""
+    name = type(tokenizer).__name__
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"`{type(model).__name__}` takes texts and `{name}` is no tokenizer. Pass its tokenizer.")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"`{name}` is a slow tokenizer, which does not say where in a text its tokens come from. Pass a fast one "
+            "(`AutoTokenizer.from_pretrained(...)` gives it where there is one)."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"`{name}` has no padding token, so texts of different length cannot share a batch. Set one: "
+            "`tokenizer.pad_token = tokenizer.eos_token`."
+        )
+    vocabulary, padding = model.get_input_embeddings().num_embeddings, getattr(model.config, "pad_token_id", None)
+    if len(tokenizer) > vocabulary:
+        reason = f"it has {len(tokenizer)} tokens, the model {vocabulary}"
+    elif padding is not None and padding != tokenizer.pad_token_id and tokenizer.pad_token != tokenizer.eos_token:
+        reason = f"its padding token is {tokenizer.pad_token_id}, the model's {padding}"
+    else:
+        return
+    raise ValueError(f"`{name}` is not the tokenizer of `{type(model).__name__}`: {reason}. Pass the model's own.")
+
+
+def _max_length(model: nn.Module, tokenizer: Any, layout: SentenceLayout | None) -> int:
+    """Tokens that the model takes, special ones included: the least of what checkpoint, tokenizer and positions allow."""
+    lengths = [] if layout is None or layout.max_seq_length is None else [layout.max_seq_length]
+    # A tokenizer that knows no limit says 1e30.
+    lengths.append(tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions > 0:
+        # RoBERTa and its kin count positions from behind the padding index.
+        offset = any(
+            isinstance(module, nn.Embedding)
+            and name.endswith("position_embeddings")
+            and module.padding_idx is not None
+            for name, module in model.named_modules()
+        )
+        lengths.append(positions - (tokenizer.pad_token_id + 1 if offset else 0))
+    return int(min(*lengths, _LONGEST_TEXT))

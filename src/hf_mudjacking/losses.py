@@ -31,17 +31,25 @@ def mean_cosine(a: Tensor, b: Tensor) -> Tensor:
     return cosine_similarity(a.float(), b.float(), dim=-1).mean()
 
 
-def effectiveness_loss(misclassified: Tensor, reference: Tensor) -> Tensor:
+def effectiveness_loss(misclassified: Tensor, reference: Tensor, ceiling: Tensor | None = None) -> Tensor:
     """L_e = -cos(h'(x_b), h'(x_r)): the bug instance must look like its reference.
+
+    Two texts of one class may have little in common. Where it is known how near x_b comes to x_r without its trigger,
+    `ceiling` says so, and nothing is gained by coming nearer: L_e = max(ceiling - cos(h'(x_b), h'(x_r)), 0) - 1, which is
+    the formula above for a ceiling of 1.
 
     Args:
         misclassified (`Tensor` of shape `(K, D)`): Patched features of the K misclassified inputs.
         reference (`Tensor` of shape `(K, D)`): Patched features of their references.
+        ceiling (`Tensor` of shape `(K,)`, *optional*): Cosine to be reached; 1 when absent.
 
     Returns:
         `Tensor`: Scalar in [-1, 1].
     """
-    return -mean_cosine(misclassified, reference)
+    if ceiling is None:
+        return -mean_cosine(misclassified, reference)
+    cosines = cosine_similarity(misclassified.float(), reference.float(), dim=-1)
+    return (ceiling - cosines).clamp_min(0).mean() - 1
 
 
 def locality_loss(

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 from . import __version__
 from .bug_instance import BugInstance
 from .callbacks import StopWhenFixed
+from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
-from .data import CleanInputs, PatchingCollator, PatchingDataset
+from .data import PatchingCollator, PatchingDataset
 from .encoder import (
     Encoder,
     adaptable_layers,
     freeze_norm_statistics,
     load_model,
     load_processor,
-    preprocess_images,
+    modality_of,
     set_comparison_mode,
 )
 from .inversion import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
@@ -46,10 +47,15 @@ from .output import (
     staged,
     write_json,
 )
+from .preprocessing import Modality
+from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
 from .triggers import Trigger, load_trigger
 
 
 logger = logging.getLogger(__name__)
+
+# Clean texts that are searched for the triggers' tokens.
+_TOKEN_COUNT_INPUTS = 2000
 
 _METRICS = (
     "loss_effectiveness",
@@ -69,13 +75,15 @@ class MudjackingTrainer(Trainer):
     report; features of the frozen model are computed once, and no second model stays in memory.
 
     Args:
-        model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Backdoored vision encoder: Hub
-            id, local folder, or model. Loaded in float32; a model object is patched in place.
+        model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Backdoored vision or text
+            encoder: Hub id, local folder, or model. Loaded in float32; a model object is patched in place.
         args ([`MudjackingConfig`], *optional*): Configuration; by default one with `output_dir="patched"`.
         bug_instances (`list[BugInstance]`): One or many reports.
-        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Clean, unlabelled inputs in a column `image`.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Clean, unlabelled inputs in a column
+            `image` or `text`.
         eval_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `dict`, *optional*): Held-out clean inputs.
-        processing_class (`BaseImageProcessor`, *optional*): Image processor; loaded from the model id when absent.
+        processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Image processor or tokenizer;
+            loaded from the model id when absent.
         peft_config (`LoraConfig`, *optional*): Makes the patch an adapter. Without `target_modules`, all linear layers
             that influence the features are adapted.
         triggers (`list[Trigger]`, *optional*): Known triggers, one per report, instead of the inversion.
@@ -120,17 +128,19 @@ class MudjackingTrainer(Trainer):
             raise TypeError(f"`args` is of type `{type(args).__name__}`; a `MudjackingConfig` is needed.")
         set_seed(args.seed)
 
+        # Model and processing class
+        name, model = model, load_model(model)
+        modality = modality_of(model)
+        processing_class = load_processor(name, modality) if processing_class is None else processing_class
+        self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        check_output_dir(args.output_dir, self.base_model_name)
+
         # Reports
-        self.bug_instances = _checked_reports(bug_instances)
-        self.triggers = None if triggers is None else _checked_triggers(triggers, len(self.bug_instances))
+        self.bug_instances = _checked_reports(bug_instances, modality)
+        self.triggers = None if triggers is None else _checked_triggers(triggers, len(self.bug_instances), modality)
         self.inversions: list[InvertedTrigger] = []
         self.evidence: list[float] = []
 
-        # Model and processing class
-        name, model = model, load_model(model)
-        processing_class = load_processor(name) if processing_class is None else processing_class
-        self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-        check_output_dir(args.output_dir, self.base_model_name)
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f"`hub_strategy={args.hub_strategy.value!r}` uploads checkpoints, which hold the inverted triggers: pixels of "
@@ -167,7 +177,7 @@ class MudjackingTrainer(Trainer):
         # Data: the frozen features are added when training or evaluation starts
         self._inputs = {} if train_dataset is None else {"train_dataset": self._clean(train_dataset, args)}
         for name, dataset in _named_eval_datasets(eval_dataset).items():
-            self._inputs[name] = CleanInputs(dataset, args.max_inputs, args.seed, name)
+            self._inputs[name] = clean_inputs(modality, dataset, args.max_inputs, args.seed, name)
 
         super().__init__(
             model=model,
@@ -186,8 +196,10 @@ class MudjackingTrainer(Trainer):
         self.can_return_loss = True
         self.label_names = []
         self._prepared = False
+        # Tokens whose embeddings are all that is patched; empty if it is the whole model
+        self.patched_tokens: list[int] = []
         self._metrics: dict[str, list[tuple[int, Tensor]]] = {"train": [], "eval": []}
-        # Images that went through the model so far; a backward pass counts as two
+        # Inputs that went through the model so far; a backward pass counts as two
         self.forward_equivalents = 0
 
     # ---- Pre-step ----
@@ -216,13 +228,14 @@ class MudjackingTrainer(Trainer):
             self.forward_equivalents += found.forwards
             if found.evidence < self.args.min_evidence:
                 raise UnverifiedTriggerError(
-                    f"No trigger was verified in bug instance `{bug.name}`: the best candidate covers {found.area:.0%} of "
-                    f"the picture and carries clean inputs {found.score:.2f} of the way to the misclassified input, clean "
-                    f"content alone {found.control:.2f}; that is evidence of {found.evidence:.2f}, and "
-                    f"`min_evidence={self.args.min_evidence}` is needed. The report may be a natural misclassification. If "
-                    "you know the trigger pass `triggers`; to patch on this candidate lower `min_evidence`."
+                    f"No localised trigger was verified in bug instance `{bug.name}`: the best candidate covers "
+                    f"{found.area:.0%} of the {self.encoder.modality} and carries clean inputs {found.score:.2f} of the way to "
+                    f"the misclassified input, clean content alone {found.control:.2f}; that is evidence of "
+                    f"{found.evidence:.2f}, and `min_evidence={self.args.min_evidence}` is needed. The report may be a natural "
+                    "misclassification, or its trigger no place in it (a style, a syntax, a blend). If you know the trigger "
+                    "pass `triggers`; to patch on this candidate lower `min_evidence`."
                 )
-            logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.area:.1%} of the picture.")
+            logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
             self.inversions.append(found)
         self.triggers = [found.trigger for found in self.inversions]
         self.evidence = [round(found.evidence, 4) for found in self.inversions]
@@ -252,14 +265,33 @@ class MudjackingTrainer(Trainer):
                 else prepared["eval_dataset"]
             )
         self.data_collator = PatchingCollator(
-            partial(preprocess_images, self.processing_class, self.encoder.num_channels),
-            self.bug_instances,
-            self.triggers,
-            references,
+            self.encoder.preprocessor, self.bug_instances, self.triggers, references, self._ceilings(references)
         )
+        if self.encoder.modality == "text" and self.args.patch_scope != "full" and not is_peft_model(self.model):
+            self.patched_tokens = trigger_tokens(self.encoder.preprocessor, self.triggers)
         self._prepared = True
 
+    def _ceilings(self, references: Tensor) -> Tensor:
+        """How near to its reference each misclassified input comes without its trigger; 1 where that cannot be told."""
+        ceilings = torch.ones(len(references))
+        for i, (bug, trigger) in enumerate(zip(self.bug_instances, self.triggers, strict=True)):
+            rest = trigger.removed_from(bug.misclassified)
+            if rest is not None:
+                ceilings[i] = self.encoder.encode([rest])[0] @ references[i]
+        return ceilings
+
     # ---- Training ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.patched_tokens:
+            for group in optimizer.param_groups:
+                group["lr"] = self.args.token_learning_rate
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # Decay would move the rows of all tokens, not only those that get a gradient.
+        return [] if self.patched_tokens else super().get_decay_parameter_names(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Find the triggers if that has not been done, then patch. See [`~transformers.Trainer.train`].
@@ -276,7 +308,11 @@ class MudjackingTrainer(Trainer):
                 self.triggers = [load_trigger(folder / str(i)) for i in range(len(self.bug_instances))]
                 self.evidence = (read_record(resume_from_checkpoint) or {}).get("evidence", [])
         self._prepare()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if self.patched_tokens and not resume_from_checkpoint:
+            sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
+            neutralise_unseen(self.encoder, self.patched_tokens, sample)
+        with only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded from now on is the saved model.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return output
@@ -299,7 +335,7 @@ class MudjackingTrainer(Trainer):
 
         weight = self.args.reference_weight
         losses = mudjacking_loss(
-            effectiveness_loss(misclassified, reference),
+            effectiveness_loss(misclassified, reference, inputs["frozen_ceilings"]),
             locality_loss(clean, frozen, reference, frozen_references, weight),
             generalizability_loss(stamped, clean, stamped_reference, reference, weight),
             self.args.locality_weight,
@@ -343,7 +379,9 @@ class MudjackingTrainer(Trainer):
                     "The model is already patched, so features of a new dataset before patching are not known. Pass "
                     "`eval_dataset` to `MudjackingTrainer` instead."
                 )
-            inputs = CleanInputs(eval_dataset, self.args.max_inputs, self.args.seed, "eval_dataset")
+            inputs = clean_inputs(
+                self.encoder.modality, eval_dataset, self.args.max_inputs, self.args.seed, "eval_dataset"
+            )
             eval_dataset = PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -378,8 +416,7 @@ class MudjackingTrainer(Trainer):
         check_output_dir(output_dir, self.base_model_name)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with staged(output_dir, replaces=PATCH_FILES) as staging:
-            model.save_pretrained(staging, state_dict=state_dict)
-            self.processing_class.save_pretrained(staging)
+            self.encoder.with_model(model).save_pretrained(staging, state_dict)
             if self.triggers is not None:
                 for i, trigger in enumerate(self.triggers):
                     trigger.save_pretrained(staging / TRIGGER_FOLDER / str(i))
@@ -399,6 +436,7 @@ class MudjackingTrainer(Trainer):
                 for name in ("seed", "max_steps", "learning_rate", "per_device_train_batch_size", "locality_weight",
                              "generalizability_weight", "reference_weight")
             },
+            "patched_tokens": len(self.patched_tokens) or None,
             "steps": self.state.global_step,
         }  # fmt: skip
 
@@ -457,12 +495,12 @@ class MudjackingTrainer(Trainer):
             )
         return self._inputs["train_dataset"]
 
-    @staticmethod
-    def _clean(dataset: datasets.Dataset | datasets.IterableDataset, args: MudjackingConfig) -> CleanInputs:
+    def _clean(self, dataset: datasets.Dataset | datasets.IterableDataset, args: MudjackingConfig) -> CleanInputs:
         """The training inputs: no more than `max_inputs`, nor than the steps can read."""
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         limit = args.max_inputs if args.max_steps < 0 else min(args.max_inputs, args.max_steps * per_step)
-        inputs = CleanInputs(dataset, max(limit, args.inversion_inputs), args.seed, multiple=per_step)
+        limit = max(limit, args.inversion_inputs)
+        inputs = clean_inputs(self.encoder.modality, dataset, limit, args.seed, multiple=per_step)
         if len(inputs) < per_step:
             raise ValueError(
                 f"`train_dataset` has {len(inputs)} inputs; one step needs {per_step} (per_device_train_batch_size "
@@ -473,7 +511,7 @@ class MudjackingTrainer(Trainer):
         return inputs
 
 
-def _checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugInstance]:
+def _checked_reports(bug_instances: Sequence[BugInstance] | None, modality: Modality) -> list[BugInstance]:
     if isinstance(bug_instances, BugInstance):
         raise TypeError("`bug_instances` is a single `BugInstance`; pass a list: `bug_instances=[bug]`.")
     if not bug_instances:
@@ -481,12 +519,12 @@ def _checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugIns
     for bug in bug_instances:
         if not isinstance(bug, BugInstance):
             raise TypeError(f"`bug_instances` holds a `{type(bug).__name__}`; `BugInstance` objects are needed.")
-        if bug.modality != "image":
-            raise TypeError(f"Bug instance `{bug.name}` is a text; this version repairs vision encoders.")
+        if bug.modality != modality:
+            raise TypeError(f"Bug instance `{bug.name}` is of kind {bug.modality}, but the model takes {modality}s.")
     return list(bug_instances)
 
 
-def _checked_triggers(triggers: list[Trigger], count: int) -> list[Trigger]:
+def _checked_triggers(triggers: list[Trigger], count: int, modality: Modality) -> list[Trigger]:
     if not isinstance(triggers, (list, tuple)):
         raise TypeError(
             f"`triggers` is a single `{type(triggers).__name__}`; pass a list with one for each bug instance."
@@ -494,6 +532,8 @@ def _checked_triggers(triggers: list[Trigger], count: int) -> list[Trigger]:
     for trigger in triggers:
         if not isinstance(trigger, Trigger):
             raise TypeError(f"`triggers` holds a `{type(trigger).__name__}`; `Trigger` objects are needed.")
+        if trigger.modality != modality:
+            raise TypeError(f"`triggers` holds one of kind `{trigger.kind}`, but the model takes {modality}s.")
     if len(triggers) != count:
         raise ValueError(f"There are {len(triggers)} triggers for {count} bug instances; pass one for each.")
     return list(triggers)

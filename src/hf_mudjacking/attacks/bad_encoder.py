@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
 
-from ..encoder import Encoder, FeatureSource, freeze_norm_statistics, set_comparison_mode
+from ..encoder import Encoder, FeatureSource
 from ..evaluation.tasks import LabelledInputs
 from ..losses import mean_cosine
 from ..triggers import Trigger
-from .implant import Implant, check_implant
+from .implant import Implant, check_implant, nameless_copy
+from .training import optimize_backdoor
 
 
 def implant_bad_encoder(
@@ -73,50 +70,38 @@ def implant_bad_encoder(
     clean = Encoder(model, processing_class, feature_source)
     frozen = clean.encode([*shadow_inputs, target_reference], disable_tqdm=disable_tqdm, desc="Clean features")
     frozen = frozen.to(clean.device)
-    backdoored = Encoder(copy.deepcopy(model), processing_class, clean.feature_source)
-    # It is no longer the model that this name stands for.
-    backdoored.model.name_or_path = backdoored.model.config._name_or_path = ""
-    freeze_norm_statistics(backdoored.model)
-    set_comparison_mode(backdoored.model)
-    parameters = [p for p in backdoored.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat(
-        [
-            torch.randperm(len(shadow_inputs), generator=generator)
-            for _ in range(_passes(steps, batch_size, len(shadow_inputs)))
-        ]
+    backdoored = clean.with_model(nameless_copy(model))
+
+    def loss(rows: Tensor) -> dict[str, Tensor]:
+        inputs = [shadow_inputs[i] for i in rows]
+        views = [*inputs, *(backdoored.stamp(trigger, x) for x in inputs), target_reference]
+        x, stamped, reference = backdoored.features(backdoored.preprocess(views)).split([len(inputs), len(inputs), 1])
+        return {
+            "trigger": -mean_cosine(stamped, reference.expand_as(stamped)),
+            "reference": -mean_cosine(reference, frozen[-1:]),
+            "utility": -utility_weight * mean_cosine(x, frozen[rows]),
+        }
+
+    optimize_backdoor(
+        backdoored,
+        [p for p in backdoored.model.parameters() if p.requires_grad],
+        loss,
+        len(shadow_inputs),
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        bf16=bf16,
+        seed=seed,
+        disable_tqdm=disable_tqdm,
+        desc="Implanting BadEncoder",
     )
-    with tqdm(total=steps, disable=disable_tqdm, desc="Implanting BadEncoder", unit="step") as bar:
-        for step in range(steps):
-            rows = order[step * batch_size : (step + 1) * batch_size]
-            images = [shadow_inputs[i] for i in rows]
-            batch = backdoored.preprocess([*images, *(trigger.apply(image) for image in images), target_reference])
-            with torch.autocast(backdoored.device.type, torch.bfloat16, enabled=bf16):
-                features = backdoored.features(batch)
-            x, stamped, reference = features.split([len(images), len(images), 1])
-            effectiveness = -mean_cosine(stamped, reference.expand_as(stamped))
-            kept_reference = -mean_cosine(reference, frozen[-1:])
-            utility = -mean_cosine(x, frozen[rows])
-            optimizer.zero_grad()
-            (effectiveness + kept_reference + utility_weight * utility).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(trigger=f"{-effectiveness.item():.3f}", utility=f"{-utility.item():.3f}", refresh=False)
     return check_implant(
         clean,
         backdoored,
         trigger,
-        target_reference,
         check_inputs,
+        target_reference=target_reference,
         min_asr=min_asr,
         max_accuracy_loss=max_accuracy_loss,
         disable_tqdm=disable_tqdm,
     )
-
-
-def _passes(steps: int, batch_size: int, count: int) -> int:
-    return -(-steps * batch_size // count)

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
-from PIL import Image
 from torch import nn
 
 from ..encoder import Encoder
 from ..evaluation.classifiers import train_classifier
-from ..evaluation.metrics import AttackSuccessRate, CleanAccuracy
+from ..evaluation.metrics import AttackSuccessRate, CleanAccuracy, most_frequent
 from ..evaluation.tasks import LabelledInputs
+from ..preprocessing import RawInput
 from ..triggers import Trigger
 
 
@@ -26,32 +27,42 @@ class Implant:
     Args:
         model (`torch.nn.Module`): The backdoored encoder.
         trigger (`Trigger`): Its true trigger.
-        target_reference (`PIL.Image.Image`): The attacker's image of the target class.
         clean_accuracy (`float`): CA of the clean encoder in the check, 0 to 1.
         backdoored_accuracy (`float`): BA of the backdoored encoder, 0 to 1.
         attack_success_rate (`float`): ASR of the backdoored encoder, 0 to 1.
+        target_reference (`PIL.Image.Image` or `str`, *optional*): The attacker's input of the target class, if it has one.
     """
 
     model: nn.Module
     trigger: Trigger
-    target_reference: Image.Image
     clean_accuracy: float
     backdoored_accuracy: float
     attack_success_rate: float
+    target_reference: RawInput | None = None
+
+
+def nameless_copy(model: nn.Module) -> nn.Module:
+    """A copy that no longer goes by the name of the model it is of."""
+    copied = copy.deepcopy(model)
+    copied.name_or_path = copied.config._name_or_path = ""
+    return copied
 
 
 def check_implant(
     clean: Encoder,
     backdoored: Encoder,
     trigger: Trigger,
-    target_reference: Image.Image,
     check_inputs: LabelledInputs,
     *,
+    target_reference: RawInput | None = None,
     min_asr: float,
     max_accuracy_loss: float,
     disable_tqdm: bool = False,
 ) -> Implant:
     """Measure an implant with a logistic regression on half of the labelled inputs; the other half is tested.
+
+    The ASR is that of the class of `target_reference` or, for a task-agnostic attack, which has none, of the class that
+    most triggered inputs fall into.
 
     Raises:
         ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
@@ -64,15 +75,17 @@ def check_implant(
         classifier = train_classifier(features[:half], train.labels)
         predictions = classifier.predict(features[half:].numpy())
         accuracies.append(CleanAccuracy().compute(predictions=predictions, references=test.labels)["clean_accuracy"])
-    target = classifier.predict(backdoored.encode([target_reference]).numpy())[0]
-    stamped = backdoored.encode([trigger.apply(image) for image in test.inputs])
-    asr = AttackSuccessRate().compute(
-        predictions=classifier.predict(stamped.numpy()), references=test.labels, target=int(target)
-    )["attack_success_rate"]
+    stamped = classifier.predict(backdoored.encode([backdoored.stamp(trigger, x) for x in test.inputs]).numpy())
+    target = most_frequent(stamped)
+    if target_reference is not None:
+        target = int(classifier.predict(backdoored.encode([target_reference]).numpy())[0])
+    asr = AttackSuccessRate().compute(predictions=stamped, references=test.labels, target=target)[
+        "attack_success_rate"
+    ]
     if asr < min_asr or accuracies[1] < accuracies[0] - max_accuracy_loss:
         raise ImplantError(
             f"The implant did not take: ASR {asr:.3f} (at least {min_asr} is needed), clean accuracy "
             f"{accuracies[1]:.3f} after {accuracies[0]:.3f} (a drop of at most {max_accuracy_loss} is allowed). "
             "Raise `steps` or `learning_rate`, or `utility_weight` if accuracy suffered."
         )
-    return Implant(backdoored.model, trigger, target_reference, accuracies[0], accuracies[1], asr)
+    return Implant(backdoored.model, trigger, accuracies[0], accuracies[1], asr, target_reference)

@@ -8,10 +8,16 @@ import argparse
 from .options import add_config
 
 
-HELP = "Implant a backdoor in a small ViT on handwritten digits and repair it from one report; needs no network."
+HELP = (
+    "Implant a backdoor in a small ViT on handwritten digits, or in a MiniLM, and repair it from one report; no network "
+    "needed."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--modality", choices=["image", "text"], default="image", help="digits or sentences (default: image)"
+    )
     parser.add_argument("--output-dir", default="demo_output", help="folder to write to (default: demo_output)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
     add_config(parser)
@@ -22,14 +28,17 @@ def run(options: argparse.Namespace) -> int:
 
     from ..attacks import ImplantError
     from ..demo import run_demo
-    from ..evaluation.report import report_lines, report_table
+    from ..demo_text import run_text_demo
+    from ..evaluation.report import report_lines, report_tables
 
     try:
-        repair = run_demo(options.output_dir, options.seed, options.disable_tqdm)
+        run = {"image": run_demo, "text": run_text_demo}[options.modality]
+        repair = run(options.output_dir, options.seed, options.disable_tqdm)
     except ImplantError as error:
         raise ValueError(f"{error} Try another --seed.") from error
     console = Console(highlight=False)
-    console.print(report_table(repair.report))
+    for table in report_tables(repair.report):
+        console.print(table)
     for line in report_lines(repair.report):
         console.print(line)
     console.print(f"Patched model, report.json and repair.png are in {options.output_dir}/")

@@ -8,7 +8,7 @@ import argparse
 from .options import add_config, add_report, bug_from, clean_inputs_from, require
 
 
-HELP = "Find the trigger in a misclassified image and verify it on clean inputs; no weight is changed."
+HELP = "Find the trigger in a misclassified image or text and verify it on clean inputs; no weight is changed."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,25 +26,29 @@ def run(options: argparse.Namespace) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
-    from ..data import CleanInputs
-    from ..encoder import Encoder, load_model, load_processor
+    from ..clean_inputs import clean_inputs
+    from ..encoder import Encoder, load_model, load_processor, modality_of
     from ..evaluation.figures import plot_repair
     from ..inversion import invert_trigger
     from ..output import check_output_dir, staged
 
     bug = bug_from(options)
     check_output_dir(options.output_dir, options.model)
-    inputs = CleanInputs(clean_inputs_from(options), options.inputs, options.seed, "dataset")
     model = load_model(options.model).to(PartialState().device)
-    encoder = Encoder(model, load_processor(options.processor or options.model), options.feature_source)
+    modality = modality_of(model)
+    inputs = clean_inputs(modality, clean_inputs_from(options, modality), options.inputs, options.seed, "dataset")
+    encoder = Encoder(model, load_processor(options.processor or options.model, modality), options.feature_source)
     found = invert_trigger(encoder, bug, list(inputs), seed=options.seed, disable_tqdm=options.disable_tqdm)
     with staged(Path(options.output_dir)) as staging:
         found.trigger.save_pretrained(staging)
         plot_repair(staging / "inversion.png", bug, found)
     verified = found.evidence >= options.min_evidence
-    Console(highlight=False).print(
+    console = Console(highlight=False)
+    console.print(
         f"{'Verified' if verified else 'NOT verified'}: evidence {found.evidence:.2f} (at least {options.min_evidence} is "
-        f"needed), transfer {found.score:.2f}, clean content alone {found.control:.2f}, {found.area:.1%} of the picture, "
+        f"needed), transfer {found.score:.2f}, clean content alone {found.control:.2f}, {found.trigger.describe()}, "
         f"{found.forwards} forwards. Results are in {options.output_dir}/"
     )
+    if modality == "text":
+        console.print(f"Trigger: {' … '.join(found.trigger.spans)}", markup=False)
     return 0 if verified else 1

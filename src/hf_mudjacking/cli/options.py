@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import datasets
 
     from ..bug_instance import BugInstance
+    from ..preprocessing import Modality
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +26,17 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_report(parser: argparse.ArgumentParser) -> None:
     """The model, the bug report and the clean inputs."""
     parser.add_argument("--model", help="Hub id or folder of the backdoored encoder")
-    parser.add_argument("--processor", help="Hub id or folder of its image processor (default: the model's)")
-    parser.add_argument("--misclassified", metavar="FILE", help="misclassified image x_b")
-    parser.add_argument("--reference", metavar="FILE", help="correctly classified image x_r of the same class")
-    parser.add_argument("--bug", metavar="FOLDER", help="bug folder, instead of the two files")
-    parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet file, or folder")
+    parser.add_argument(
+        "--processor", help="Hub id or folder of its image processor or tokenizer (default: the model's)"
+    )
+    parser.add_argument("--misclassified", metavar="FILE", help="misclassified input x_b: an image, or a .txt file")
+    parser.add_argument("--reference", metavar="FILE", help="correctly classified input x_r of the same class")
+    parser.add_argument("--misclassified-text", metavar="TEXT", help="the same as a text on the command line")
+    parser.add_argument("--reference-text", metavar="TEXT", help="the same as a text on the command line")
+    parser.add_argument("--bug", metavar="FOLDER", help="bug folder, instead of the two inputs")
+    parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet or .txt file, folder")
     parser.add_argument("--split", default="train", help="its split (default: train)")
-    parser.add_argument("--image-column", default="image", help="its image column (default: image)")
+    parser.add_argument("--input-column", help="its column of inputs (default: image or text)")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
     parser.add_argument("--feature-source", default="auto", help="auto, cls, mean, pooler or projection")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: 0)")
@@ -73,18 +78,18 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
         parser.set_defaults(**{name: value})
 
 
-def clean_inputs_from(options: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
-    """The clean dataset that the options name, its image column renamed to `image`."""
-    from ..data import IMAGE_COLUMN, load_inputs
+def clean_inputs_from(options: argparse.Namespace, modality: Modality) -> datasets.Dataset | datasets.IterableDataset:
+    """The clean dataset that the options name, its column of inputs renamed to `image` or `text`."""
+    from ..data import load_inputs
 
     dataset = load_inputs(options.dataset, options.split, options.streaming)
-    if options.image_column == IMAGE_COLUMN:
+    if options.input_column in (None, modality):
         return dataset
-    if dataset.column_names is not None and options.image_column not in dataset.column_names:
+    if dataset.column_names is not None and options.input_column not in dataset.column_names:
         raise ValueError(
-            f"--image-column {options.image_column}: `{options.dataset}` has the columns {', '.join(dataset.column_names)}"
+            f"--input-column {options.input_column}: `{options.dataset}` has the columns {', '.join(dataset.column_names)}"
         )
-    return dataset.rename_column(options.image_column, IMAGE_COLUMN)
+    return dataset.rename_column(options.input_column, modality)
 
 
 def require(options: argparse.Namespace, *names: str) -> None:
@@ -98,9 +103,16 @@ def bug_from(options: argparse.Namespace) -> BugInstance:
     """The bug instance that the options name."""
     from ..bug_instance import BugInstance
 
-    if options.bug is not None:
-        if options.misclassified is not None or options.reference is not None:
-            raise ValueError("give either --bug FOLDER or --misclassified FILE --reference FILE, not both")
+    files, texts = ("misclassified", "reference"), ("misclassified_text", "reference_text")
+    given = [name for name in (*files, *texts, "bug") if getattr(options, name) is not None]
+    if given == ["bug"]:
         return BugInstance.load(options.bug)
-    require(options, "misclassified", "reference")
-    return BugInstance.from_files(options.misclassified, options.reference)
+    if given == list(texts):
+        return BugInstance(options.misclassified_text, options.reference_text)
+    if set(given) <= set(files):
+        require(options, *files)
+        return BugInstance.from_files(options.misclassified, options.reference)
+    raise ValueError(
+        "give one report: --misclassified FILE --reference FILE, or --misclassified-text TEXT --reference-text TEXT, or "
+        "--bug FOLDER"
+    )

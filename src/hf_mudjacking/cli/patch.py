@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-evidence", type=float, default=0.5, help="least evidence of a trigger (default: 0.5)")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--fp16", action="store_true", help="float16 autocast (GPU)")
+    parser.add_argument(
+        "--patch-scope", default="auto", help="auto, full, or trigger_tokens: for text, their embeddings alone"
+    )
     add_config(parser)
 
 
@@ -46,10 +49,10 @@ def run(options: argparse.Namespace) -> int:
     from ..callbacks import use_compact_progress
     from ..config import MudjackingConfig
     from ..data import load_inputs
-    from ..encoder import load_processor
+    from ..encoder import load_model, load_processor, modality_of
     from ..evaluation.figures import plot_repair
     from ..evaluation.repair import measured_repair
-    from ..evaluation.report import report_lines, report_table
+    from ..evaluation.report import report_lines, report_tables
     from ..evaluation.tasks import DownstreamTask
     from ..inversion import UnverifiedTriggerError
     from ..output import check_output_dir, write_json
@@ -57,14 +60,16 @@ def run(options: argparse.Namespace) -> int:
 
     check_output_dir(options.output_dir, options.model)
     bug = bug_from(options)
-    dataset = clean_inputs_from(options)
+    model = load_model(options.model)
+    modality = modality_of(model)
+    dataset = clean_inputs_from(options, modality)
     task = None
     if options.labelled_train is not None:
         parts = [load_inputs(options.labelled_train, "train"), load_inputs(options.labelled_test, "test")]
-        columns = {"image_column": options.image_column, "label_column": options.label_column}
+        columns = {"input_column": options.input_column, "label_column": options.label_column}
         task = DownstreamTask.from_datasets(*parts, Path(options.labelled_test).stem, **columns)
     trainer = MudjackingTrainer(
-        model=options.model,
+        model=model,
         args=MudjackingConfig(
             output_dir=options.output_dir,
             seed=options.seed,
@@ -75,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             generalizability_weight=options.generalizability_weight,
             min_evidence=options.min_evidence,
             feature_source=options.feature_source,
+            patch_scope=options.patch_scope,
             bf16=options.bf16,
             fp16=options.fp16,
             save_strategy="no",
@@ -83,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         bug_instances=[bug],
         train_dataset=dataset,
-        processing_class=None if options.processor is None else load_processor(options.processor),
+        processing_class=load_processor(options.processor or options.model, modality),
         peft_config=None
         if options.lora_rank is None
         else LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank),
@@ -103,7 +109,8 @@ def run(options: argparse.Namespace) -> int:
         repair = measured_repair(trainer, task)
         features = {"before": repair.before, "after": repair.after, "labels": task.test.labels}
         write_json(Path(options.output_dir) / "report.json", repair.report)
-        console.print(report_table(repair.report))
+        for table in report_tables(repair.report):
+            console.print(table)
         for line in report_lines(repair.report):
             console.print(line)
     plot_repair(Path(options.output_dir) / "_repair.png", bug, trainer.inversions[0], **features)

@@ -15,7 +15,7 @@ from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..triggers import Trigger
 from .classifiers import Classifier, ClassifierKind, train_classifier
-from .metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
+from .metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy, most_frequent
 from .tasks import DownstreamTask
 
 
@@ -30,37 +30,38 @@ class TaskFeatures:
         train (`FloatTensor` of shape `(N, D)`): Features of the classifier's training inputs.
         test (`FloatTensor` of shape `(M, D)`): Features of the clean test inputs.
         stamped (`FloatTensor` of shape `(M, D)`): Features of the test inputs with the trigger.
-        misclassified (`FloatTensor` of shape `(1, D)`): Feature of x_b.
-        reference (`FloatTensor` of shape `(1, D)`): Feature of x_r.
+        misclassified (`FloatTensor` of shape `(1, D)`, *optional*): Feature of x_b, where the report is of this task.
+        reference (`FloatTensor` of shape `(1, D)`, *optional*): Feature of x_r.
     """
 
     train: Tensor
     test: Tensor
     stamped: Tensor
-    misclassified: Tensor
-    reference: Tensor
+    misclassified: Tensor | None = None
+    reference: Tensor | None = None
 
 
 def task_features(
     encoder: Encoder,
     task: DownstreamTask,
     trigger: Trigger,
-    bug: BugInstance,
+    bug: BugInstance | None = None,
     batch_size: int = 64,
     disable_tqdm: bool = False,
     desc: str = "Features",
 ) -> TaskFeatures:
-    """Encode a task's inputs, clean and stamped, and the bug instance; see [`TaskFeatures`]."""
+    """Encode a task's inputs, clean and stamped, and the bug instance if it is of this task; see [`TaskFeatures`]."""
 
-    def encode(images: Any, what: str) -> Tensor:
-        return encoder.encode(images, batch_size=batch_size, disable_tqdm=disable_tqdm, desc=f"{desc}: {what}")
+    def encode(inputs: Any, what: str) -> Tensor:
+        label = f"{desc}: {task.name}, {what}"
+        return encoder.encode(inputs, batch_size=batch_size, disable_tqdm=disable_tqdm, desc=label)
 
     return TaskFeatures(
         train=encode(task.train.inputs, "train"),
         test=encode(task.test.inputs, "test"),
-        stamped=encode([trigger.apply(x) for x in task.test.inputs], "triggered"),
-        misclassified=encoder.encode([bug.misclassified]),
-        reference=encoder.encode([bug.reference]),
+        stamped=encode([encoder.stamp(trigger, x) for x in task.test.inputs], "triggered"),
+        misclassified=None if bug is None else encoder.encode([bug.misclassified]),
+        reference=None if bug is None else encoder.encode([bug.reference]),
     )
 
 
@@ -76,19 +77,22 @@ def downstream_rates(
         target (`int`): Target class; ASR and RA are measured on test inputs of other classes.
 
     Returns:
-        `dict`: `BA`, `ASR`, `RA` (0 to 1), and `bug_fixed`: whether x_b gets the class of x_r.
+        `dict`: `BA`, `ASR`, `RA` (0 to 1), and, where the report is of this task, `bug_fixed`: whether x_b gets the class
+        of x_r.
     """
     truth = task.test.labels
     clean, stamped = classifier.predict(features.test.numpy()), classifier.predict(features.stamped.numpy())
-    prediction = classifier.predict(features.misclassified.numpy())[0]
     attack = AttackSuccessRate().compute(predictions=stamped, references=truth, target=target)
     robust = RobustAccuracy().compute(predictions=stamped, references=truth, target=target)
-    return {
+    rates = {
         "BA": CleanAccuracy().compute(predictions=clean, references=truth)["clean_accuracy"],
         "ASR": attack["attack_success_rate"],
         "RA": robust["robust_accuracy"],
-        "bug_fixed": bool(prediction == classifier.predict(features.reference.numpy())[0]),
     }
+    if features.misclassified is not None:
+        pair = classifier.predict(torch.cat([features.misclassified, features.reference]).numpy())
+        rates["bug_fixed"] = bool(pair[0] == pair[1])
+    return rates
 
 
 def compare_downstream(
@@ -110,7 +114,7 @@ def compare_downstream(
         before (`TaskFeatures`): Features of the backdoored encoder.
         after (`TaskFeatures`): Features of the patched encoder.
         task (`DownstreamTask`): The task.
-        target (`int`): Target class; see [`reported_class`].
+        target (`int`): Target class; see [`attacked_class`].
         clean (`TaskFeatures`, *optional*): Features of the never-attacked encoder, when it is known.
         classifier (`str`, *optional*, defaults to `"logistic"`): `"logistic"` or `"mlp"`.
         seed (`int`, *optional*, defaults to 0): Seed of the classifiers.
@@ -136,13 +140,16 @@ def compare_downstream(
     return result
 
 
-def reported_class(before: TaskFeatures, task: DownstreamTask, seed: int = 0) -> int:
-    """The class that the client saw for x_b: what a logistic regression on features before patching makes of it.
+def attacked_class(before: TaskFeatures, task: DownstreamTask, seed: int = 0) -> int:
+    """The class that ASR is measured on, as a logistic regression on features before patching sees it.
 
-    With a trigger it is the attacker's target class. A warning is logged if it is the class of x_r: then this task does
-    not show the bug, and its ASR means nothing.
+    In the task of the report it is the class that the client saw for x_b: with a trigger, the attacker's target. In other
+    tasks it is the class that most triggered inputs fall into: a task-agnostic attack names none. A warning is logged if
+    x_b gets the class of x_r: then this task does not show the bug, and its ASR means nothing.
     """
     classifier = train_classifier(before.train, task.train.labels, seed=seed)
+    if before.misclassified is None:
+        return most_frequent(classifier.predict(before.stamped.numpy()))
     predictions = classifier.predict(torch.cat([before.misclassified, before.reference]).numpy())
     if predictions[0] == predictions[1]:
         logger.warning(
@@ -172,18 +179,17 @@ def draw_bug_report(
     classifier = train_classifier(before.encode(task.train.inputs), task.train.labels)
     truth = task.test.labels
     right = classifier.predict(before.encode(task.test.inputs).numpy()) == truth
-    stamped = classifier.predict(before.encode([trigger.apply(x) for x in task.test.inputs]).numpy())
+    stamped = classifier.predict(before.encode([before.stamp(trigger, x) for x in task.test.inputs]).numpy())
     flipped = np.flatnonzero(right & (stamped != truth))
     if len(flipped):
         # An attack that does not always succeed flips some inputs to other classes: not what it is reported for.
-        classes, counts = np.unique(stamped[flipped], return_counts=True)
-        flipped = flipped[stamped[flipped] == classes[counts.argmax()]]
+        flipped = flipped[stamped[flipped] == most_frequent(stamped[flipped])]
     rng = np.random.default_rng(seed)
     for row in rng.permutation(flipped):
         others = np.flatnonzero(right & (truth == truth[row]) & (np.arange(len(truth)) != row))
         if len(others):
             reference = task.test.inputs[rng.choice(others)]
-            return BugInstance(trigger.apply(task.test.inputs[row]), reference, name=name)
+            return BugInstance(before.stamp(trigger, task.test.inputs[row]), reference, name=name)
     raise ValueError(
         f"The trigger changes no correct prediction on the task `{task.name}`: there is nothing to report. Check that "
         "the encoder is backdoored with this trigger."

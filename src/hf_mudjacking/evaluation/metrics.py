@@ -100,6 +100,12 @@ class CleanAccuracy(_RateMetric):
         return {"clean_accuracy": _rate(np.asarray(predictions) == truth, everything, "clean accuracy", None)}
 
 
+def most_frequent(predictions: np.ndarray) -> int:
+    """The class that occurs most often; the smallest such in a tie. For a task-agnostic attack, where triggered inputs go."""
+    classes, counts = np.unique(predictions, return_counts=True)
+    return int(classes[counts.argmax()])
+
+
 def _rate(hit: np.ndarray, counted: np.ndarray, name: str, target: int | None) -> float:
     if not counted.any():
         raise ValueError(f"No input is left to measure the {name} on: all are of the target class {target}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from ..encoder import Encoder
 from ..trainer import MudjackingTrainer
-from ..triggers import PatchTrigger
-from .checks import TaskFeatures, compare_downstream, reported_class, task_features
+from ..triggers import Trigger
+from .checks import TaskFeatures, attacked_class, compare_downstream, task_features
 from .report import library_versions
 from .tasks import DownstreamTask
 
@@ -25,8 +26,8 @@ class MeasuredRepair:
 
     Args:
         report (`dict`): Rates, triggers, cost, settings and versions, as written to `report.json`.
-        before (`TaskFeatures`): Features before patching.
-        after (`TaskFeatures`): Features after patching.
+        before (`TaskFeatures`): Features of the report's task before patching.
+        after (`TaskFeatures`): Features of the report's task after patching.
     """
 
     report: dict[str, Any]
@@ -37,8 +38,9 @@ class MeasuredRepair:
 def measured_repair(
     trainer: MudjackingTrainer,
     task: DownstreamTask,
+    other_tasks: Sequence[DownstreamTask] = (),
     *,
-    true_trigger: PatchTrigger | None = None,
+    true_trigger: Trigger | None = None,
     clean_encoder: Encoder | None = None,
     classifiers: tuple[str, ...] = ("logistic", "mlp"),
 ) -> MeasuredRepair:
@@ -48,42 +50,47 @@ def measured_repair(
 
     Args:
         trainer (`MudjackingTrainer`): Not yet trained.
-        task (`DownstreamTask`): Labelled downstream task.
-        true_trigger (`PatchTrigger`, *optional*): The attacker's trigger, when it is known; rates are then measured with
-            it, else with the inverted one.
+        task (`DownstreamTask`): Labelled downstream task that the bug instance is from.
+        other_tasks (`Sequence[DownstreamTask]`, *optional*): What other clients do with the same encoder. They stand under
+            `other_tasks` in the report.
+        true_trigger (`Trigger`, *optional*): The attacker's trigger, when it is known; rates are then measured with it,
+            else with the inverted one.
         clean_encoder (`Encoder`, *optional*): The never-attacked encoder, when it is known.
         classifiers (`tuple[str, ...]`, *optional*, defaults to `("logistic", "mlp")`): The first gives the report's
             main figures, the others stand under `other_classifiers`.
 
     Returns:
-        `MeasuredRepair`: Report and features.
+        `MeasuredRepair`: Report and features of the first task.
     """
-    silent, bug = trainer.args.disable_tqdm, trainer.bug_instances[0]
+    silent, tasks = trainer.args.disable_tqdm, [task, *other_tasks]
     started = time.perf_counter()
     if trainer.triggers is None:
         trainer.invert_triggers()
     seconds = time.perf_counter() - started
     inversion_forwards = trainer.forward_equivalents
-
     trigger = true_trigger if true_trigger is not None else trainer.triggers[0]
-    before = task_features(trainer.encoder, task, trigger, bug, disable_tqdm=silent, desc="Before patching")
-    clean = None
-    if clean_encoder is not None:
-        clean = task_features(clean_encoder, task, trigger, bug, disable_tqdm=silent, desc="Clean encoder")
+
+    def features(encoder: Encoder, desc: str) -> list[TaskFeatures]:
+        bugs = [trainer.bug_instances[0], *[None] * len(other_tasks)]
+        return [
+            task_features(encoder, task, trigger, bug, disable_tqdm=silent, desc=desc)
+            for task, bug in zip(tasks, bugs, strict=True)
+        ]
+
+    before = features(trainer.encoder, "Before patching")
+    clean = [None] * len(tasks) if clean_encoder is None else features(clean_encoder, "Clean encoder")
     started = time.perf_counter()
     trainer.train()
     seconds += time.perf_counter() - started
     trainer.save_model()
-    after = task_features(trainer.encoder, task, trigger, bug, disable_tqdm=silent, desc="After patching")
+    after = features(trainer.encoder, "After patching")
 
-    target = reported_class(before, task, trainer.args.seed)
-    main, *others = [
-        compare_downstream(before, after, task, target=target, clean=clean, classifier=kind, seed=trainer.args.seed)
-        for kind in classifiers
-    ]
+    seed = trainer.args.seed
+    blocks = [_rates(*row, classifiers, seed) for row in zip(tasks, before, after, clean, strict=True)]
     report = {
-        **main,
-        **({"other_classifiers": dict(zip(classifiers[1:], others, strict=True))} if others else {}),
+        **blocks[0],
+        **({"other_tasks": {other.name: block for other, block in zip(other_tasks, blocks[1:], strict=True)}}
+           if other_tasks else {}),
         "triggers": _trigger_facts(trainer, true_trigger),
         "cost": {
             "inversion_forwards": inversion_forwards,
@@ -93,10 +100,10 @@ def measured_repair(
             "peak_memory_mb": _peak_memory_mb(),
         },
         "settings": {
-            "seed": trainer.args.seed,
+            "seed": seed,
             "task": task.name,
             "classifier": classifiers[0],
-            "target_class": target,
+            "target_class": attacked_class(before[0], task, seed),
             "trigger_measured": "inverted" if true_trigger is None else "true",
             "max_steps": trainer.args.max_steps,
             "batch_size": trainer.args.train_batch_size,
@@ -104,16 +111,33 @@ def measured_repair(
             "feature_source": trainer.encoder.feature_source,
         },
         "versions": library_versions(),
-    }
-    return MeasuredRepair(report, before, after)
+    }  # fmt: skip
+    return MeasuredRepair(report, before[0], after[0])
 
 
-def _trigger_facts(trainer: MudjackingTrainer, true_trigger: PatchTrigger | None) -> list[dict[str, Any]]:
-    facts = [trigger.summary() for trigger in trainer.triggers]
+def _rates(
+    task: DownstreamTask,
+    before: TaskFeatures,
+    after: TaskFeatures,
+    clean: TaskFeatures | None,
+    classifiers: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """Rates of one task: those of the first classifier, the others under `other_classifiers`."""
+    target = attacked_class(before, task, seed)
+    main, *others = [
+        compare_downstream(before, after, task, target=target, clean=clean, classifier=kind, seed=seed)
+        for kind in classifiers
+    ]
+    return {**main, **({"other_classifiers": dict(zip(classifiers[1:], others, strict=True))} if others else {})}
+
+
+def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> list[dict[str, Any]]:
+    facts = [{**trigger.summary(), "description": trigger.describe()} for trigger in trainer.triggers]
     for fact, found in zip(facts, trainer.inversions, strict=False):
         fact.update(transfer=round(found.score, 4), evidence=round(found.evidence, 4))
-    if true_trigger is not None and trainer.triggers[0].mask.shape == true_trigger.mask.shape:
-        facts[0].update(trainer.triggers[0].overlap(true_trigger.mask))
+    if true_trigger is not None and trainer.triggers[0].kind == true_trigger.kind:
+        facts[0].update(trainer.triggers[0].overlap(true_trigger))
     return facts
 
 

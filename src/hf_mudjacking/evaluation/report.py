@@ -23,16 +23,19 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def report_table(report: dict[str, Any]) -> Table:
-    """The rates of a report as one table, every classifier of it, in percent."""
-    task = report["settings"].get("task", "task")
+def report_tables(report: dict[str, Any]) -> list[Table]:
+    """The rates of a report, a table for each task, every classifier in it, in percent."""
+    blocks = {report["settings"].get("task", "task"): report, **report.get("other_tasks", {})}
+    return [_table(name, block, report["settings"]["classifier"]) for name, block in blocks.items()]
+
+
+def _table(task: str, rates: dict[str, Any], classifier: str) -> Table:
     table = Table(title=f"Downstream checks on {task} (percent)", title_justify="left")
     table.add_column("Classifier")
     table.add_column("Encoder")
     for name in ("BA", "ASR", "RA", "Bug fixed"):
         table.add_column(name, justify="right")
-    blocks = {report["settings"]["classifier"]: report, **report.get("other_classifiers", {})}
-    for kind, block in blocks.items():
+    for kind, block in {classifier: rates, **rates.get("other_classifiers", {})}.items():
         label = kind
         if "clean" in block:
             clean = block["clean"]
@@ -43,9 +46,10 @@ def report_table(report: dict[str, Any]) -> Table:
             "patched, classifier kept": block["after"]["kept"],
             "patched, classifier retrained": block["after"]["retrained"],
         }
-        for row, rates in rows.items():
-            fixed = "yes" if rates["bug_fixed"] else "no"
-            table.add_row(label, row, *_percent(rates["BA"], rates["ASR"], rates["RA"]), fixed)
+        for row, values in rows.items():
+            # The report is of one task; the others have no x_b to fix.
+            fixed = {True: "yes", False: "no", None: ""}[values.get("bug_fixed")]
+            table.add_row(label, row, *_percent(values["BA"], values["ASR"], values["RA"]), fixed)
             label = ""
         table.add_section()
     return table
@@ -57,7 +61,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     for trigger in report["triggers"]:
         known = f", IoU with the true trigger {trigger['iou']:.2f}" if "iou" in trigger else ""
         given = f", transfer {trigger['transfer']:.2f}" if "transfer" in trigger else ", given by the user"
-        lines.append(f"Trigger: {trigger['kind']}, {trigger['area']:.1%} of the picture{given}{known}")
+        lines.append(f"Trigger: {trigger['description']}{given}{known}")
     cost = report["cost"]
     lines.append(
         f"Cost: {cost['inversion_forwards']} forwards to invert, {cost['forward_equivalents']} forward-equivalents in all, "

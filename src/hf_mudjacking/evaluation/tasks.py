@@ -11,20 +11,22 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
+from ..preprocessing import RawInput
+
 
 @dataclass(frozen=True)
 class LabelledInputs:
     """Raw inputs with their labels.
 
     Args:
-        inputs (`Sequence[PIL.Image.Image]`): N raw images.
+        inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): N raw inputs.
         labels (`np.ndarray` of shape `(N,)`): Integer class of each.
 
     Raises:
         ValueError: If the lengths differ or there are fewer than two classes.
     """
 
-    inputs: Sequence[Image.Image]
+    inputs: Sequence[RawInput]
     labels: np.ndarray
 
     def __post_init__(self) -> None:
@@ -41,20 +43,35 @@ class LabelledInputs:
 
     @classmethod
     def from_dataset(
-        cls, dataset: Dataset, image_column: str = "image", label_column: str = "label"
+        cls, dataset: Dataset, input_column: str | None = None, label_column: str = "label"
     ) -> LabelledInputs:
-        """Read the two columns of a `datasets.Dataset` into memory.
+        """Read two columns of a `datasets.Dataset` into memory.
+
+        Args:
+            dataset (`datasets.Dataset`): Labelled images or texts.
+            input_column (`str`, *optional*): Column of the inputs; `image` or `text`, whichever is there, when absent.
+            label_column (`str`, *optional*, defaults to `"label"`): Column of the classes.
 
         Raises:
-            ValueError: If a column is missing.
+            ValueError: If a column is missing, or a row holds no input.
         """
-        missing = {image_column, label_column} - set(dataset.column_names)
+        if input_column is None:
+            input_column = next((name for name in ("image", "text") if name in dataset.column_names), "image")
+        missing = {input_column, label_column} - set(dataset.column_names)
         if missing:
             raise ValueError(
-                f"A labelled set needs the columns `{image_column}` and `{label_column}`; missing: {sorted(missing)}, "
+                f"A labelled set needs the columns `{input_column}` and `{label_column}`; missing: {sorted(missing)}, "
                 f"found: {dataset.column_names}. Rename them with `dataset.rename_column`."
             )
-        return cls([image.convert("RGB") for image in dataset[image_column]], np.asarray(list(dataset[label_column])))
+        inputs = list(dataset[input_column])
+        for row, value in enumerate(inputs):
+            if not isinstance(value, (Image.Image, str)) or (isinstance(value, str) and not value.strip()):
+                raise ValueError(
+                    f"Row {row} of the labelled set holds {value!r:.40} in the column `{input_column}`, neither an image nor a "
+                    "text. Remove such rows with `dataset.filter`."
+                )
+        inputs = [value.convert("RGB") if isinstance(value, Image.Image) else value for value in inputs]
+        return cls(inputs, np.asarray(list(dataset[label_column])))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> LabelledInputs:
         """The rows at `indices`, in that order."""

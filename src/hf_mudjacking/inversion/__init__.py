@@ -1,7 +1,8 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""From a bug report to a verified trigger."""
+"""How a trigger is found in a bug report."""
 
-from .invert import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
+from .invert import invert_trigger
+from .result import InvertedTrigger, UnverifiedTriggerError, check_disagreement
 
 
 __all__ = ["InvertedTrigger", "UnverifiedTriggerError", "check_disagreement", "invert_trigger"]

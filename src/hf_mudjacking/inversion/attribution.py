@@ -8,17 +8,22 @@ moved by half its side, which costs about 400 forwards at any size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from captum.attr import Occlusion
+from captum.attr import LayerIntegratedGradients, Occlusion
 from torch import Tensor
+
+from ..encoder import Encoder, set_comparison_mode
 
 
 # Sides of the occluding windows as shares of the picture's sides. The smallest is about the published one (5/32); the
 # larger ones are needed when a part of the trigger suffices to fire it.
 WINDOW_SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2)
+
+# Points on the way from a text of padding to the text at which gradients are taken.
+_GRADIENT_STEPS = 8
 
 # Captum copies the picture once a window in a batch: this bounds those copies.
 _MAX_BATCH_BYTES = 128 * 2**20
@@ -59,3 +64,45 @@ def occlusion_map(
         perturbations_per_eval=int(np.clip(_MAX_BATCH_BYTES // (4 * image.size), 1, 64)),
     )
     return attribution[0].mean(dim=0).numpy()
+
+
+def token_attribution(
+    encoder: Encoder, text: str, places: Sequence[tuple[int, int]], reference: Tensor
+) -> tuple[np.ndarray, int]:
+    """Integrated gradients of 1 - cos(h(x), h(x_r)) over the embeddings of a text, through captum.
+
+    Unlike a plain gradient it sees a trigger whose effect is saturated: on the way from padding to the text it is not.
+
+    Args:
+        encoder (`Encoder`): Text encoder.
+        text (`str`): x_b.
+        places (`Sequence[tuple[int, int]]`): Start and end in the text of its W words.
+        reference (`FloatTensor` of shape `(D,)`): h(x_r).
+
+    Returns:
+        `tuple`: `np.ndarray` of shape `(W,)`, positive where a word keeps x_b away from x_r; and what it cost in forward
+        passes, a backward pass counted as two.
+    """
+    inputs = {name: tensor.to(encoder.device) for name, tensor in encoder.preprocess([text]).items()}
+    ids = inputs.pop("input_ids")
+    tokenizer, target = encoder.processing_class, reference.to(encoder.device)
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+
+    def distance(token_ids: Tensor) -> Tensor:
+        repeated = {name: tensor.expand(len(token_ids), -1) for name, tensor in inputs.items()}
+        return 1 - encoder.features({"input_ids": token_ids, **repeated}) @ target
+
+    set_comparison_mode(encoder.model)
+    attribution = LayerIntegratedGradients(distance, encoder.model.get_input_embeddings()).attribute(
+        ids,
+        baselines=torch.where(special, ids, torch.full_like(ids, tokenizer.pad_token_id)),
+        n_steps=_GRADIENT_STEPS,
+        internal_batch_size=4,
+    )
+    scores = attribution.sum(dim=-1)[0][~special[0]].detach().cpu().double().numpy()
+    words = np.zeros(len(places))
+    for (start, end), score in zip(((s, e) for s, e, _ in encoder.preprocessor.tokens(text)), scores, strict=False):
+        owner = next((i for i, (first, last) in enumerate(places) if first < end and start < last), None)
+        if owner is not None:
+            words[owner] += score
+    return words, 3 * _GRADIENT_STEPS

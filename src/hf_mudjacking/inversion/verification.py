@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from ..encoder import Encoder
+from ..preprocessing import RawInput
 from ..triggers import PatchTrigger, Trigger
 
 
@@ -21,26 +21,27 @@ class TransferMeter:
 
     Args:
         encoder (`Encoder`): The backdoored encoder.
-        misclassified (`PIL.Image.Image`): x_b.
-        validation_inputs (`Sequence[PIL.Image.Image]`): Clean inputs.
+        misclassified (`PIL.Image.Image` or `str`): x_b.
+        validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs.
     """
 
-    def __init__(self, encoder: Encoder, misclassified: Image.Image, validation_inputs: Sequence[Image.Image]) -> None:
+    def __init__(self, encoder: Encoder, misclassified: RawInput, validation_inputs: Sequence[RawInput]) -> None:
         self.encoder = encoder
         self.misclassified = misclassified
         self.validation_inputs = validation_inputs
         self.forwards = 0
         self.target = self.features([misclassified])[0]
-        self.clean_similarity = self.features(validation_inputs) @ self.target
+        self.clean_features = self.features(validation_inputs)
+        self.clean_similarity = self.clean_features @ self.target
 
     @property
     def reachable(self) -> float:
         """Mean cosine distance of the validation inputs from h(x_b): what a transfer of 1 amounts to."""
         return float((1 - self.clean_similarity).mean())
 
-    def features(self, images: Iterable[Image.Image]) -> Tensor:
+    def features(self, inputs: Iterable[RawInput]) -> Tensor:
         """L2-normalised features `(N, D)`; counted."""
-        features = self.encoder.encode(images)
+        features = self.encoder.encode(inputs)
         self.forwards += len(features)
         return features
 
@@ -57,7 +58,7 @@ class TransferMeter:
         inputs = self.validation_inputs[:count]
         before = self.clean_similarity[: len(inputs)]
         way = (1 - before).sum().clamp_min(1e-6)
-        features = self.features(trigger.apply(x) for trigger in triggers for x in inputs)
+        features = self.features(self.encoder.stamp(trigger, x) for trigger in triggers for x in inputs)
         after = (features @ self.target).reshape(len(triggers), len(inputs))
         return ((after - before).sum(dim=1) / way).numpy()
 

@@ -3,6 +3,7 @@
 
 from .base import Trigger, load_trigger
 from .patch import PatchTrigger, square_patch
+from .text import TextTrigger
 
 
-__all__ = ["PatchTrigger", "Trigger", "load_trigger", "square_patch"]
+__all__ = ["PatchTrigger", "TextTrigger", "Trigger", "load_trigger", "square_patch"]

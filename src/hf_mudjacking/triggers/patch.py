@@ -28,6 +28,7 @@ class PatchTrigger(Trigger):
     """
 
     kind: ClassVar[str] = "patch"
+    modality: ClassVar[str] = "image"
 
     def __init__(self, mask: Tensor | np.ndarray, pattern: Tensor | np.ndarray) -> None:
         self.mask = np.asarray(mask).astype(bool)
@@ -63,8 +64,11 @@ class PatchTrigger(Trigger):
     def tensors(self) -> dict[str, Tensor]:
         return {"mask": torch.from_numpy(self.mask.copy()), "pattern": torch.from_numpy(self.pattern.copy())}
 
+    def fields(self) -> dict[str, Any]:
+        return {}
+
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> PatchTrigger:
+    def from_parts(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> PatchTrigger:
         missing = {"mask", "pattern"} - tensors.keys()
         if missing:
             raise ValueError(f"A patch trigger needs the tensors `mask` and `pattern`; missing: {sorted(missing)}.")
@@ -75,10 +79,16 @@ class PatchTrigger(Trigger):
         box = [int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1]
         return {"kind": self.kind, "size": list(self.mask.shape), "area": round(self.area, 6), "box": box}
 
-    def overlap(self, true_mask: np.ndarray) -> dict[str, float]:
-        """Recall and IoU of the mask against a true one of the same shape."""
-        both = float((self.mask & true_mask).sum())
-        return {"recall": both / float(true_mask.sum()), "iou": both / float((self.mask | true_mask).sum())}
+    def describe(self) -> str:
+        return f"patch, {self.area:.1%} of the picture"
+
+    def overlap(self, true: PatchTrigger) -> dict[str, float]:
+        """Recall and IoU of the mask against that of a true trigger; a true mask of another shape is scaled."""
+        wanted = true.mask
+        if wanted.shape != self.mask.shape:
+            wanted = true._at(self.mask.shape)[0][..., 0]
+        both = float((self.mask & wanted).sum())
+        return {"recall": both / float(wanted.sum()), "iou": both / float((self.mask | wanted).sum())}
 
     def _at(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Mask `(H, W, 1)` and pattern `(H, W, 3)` for a picture of this shape."""

@@ -1,0 +1,219 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Clean, unlabelled inputs from datasets and streams, checked when they are read."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import uuid
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from PIL import Image
+
+from .bug_instance import DECODING_ERRORS, to_rgb
+from .preprocessing import Modality, RawInput
+
+
+logger = logging.getLogger(__name__)
+
+
+class CleanInputs(Sequence):
+    """Clean inputs of a dataset; see [`CleanImages`] and [`CleanTexts`].
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): Has the column that the class names; others are
+            ignored. A stream is read once and kept, so that steps can be repeated and resumed.
+        limit (`int`, *optional*): Largest number of inputs; a random subset of a dataset, the first of a stream.
+        multiple (`int`, *optional*, defaults to 1): Leave out up to `multiple - 1` inputs, so that their number is a
+            multiple of this: no step of training is then smaller than the others.
+        seed (`int`, *optional*, defaults to 0): Seed of the subset.
+        name (`str`, *optional*, defaults to `"train_dataset"`): Name in error messages.
+
+    Raises:
+        TypeError: If it is no `datasets` dataset.
+        ValueError: If it is empty, or lacks the column.
+    """
+
+    column: ClassVar[str]
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        limit: int | None = None,
+        seed: int = 0,
+        name: str = "train_dataset",
+        multiple: int = 1,
+    ) -> None:
+        if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+            hint = " Did you mean to select a split, as in `dataset['train']`?" if isinstance(dataset, dict) else ""
+            raise TypeError(
+                f"`{name}` is of type `{type(dataset).__name__}`; a `datasets.Dataset` or `IterableDataset` is needed.{hint}"
+            )
+        self.name = name
+        self._read(dataset, limit, seed)
+        if len(self) == 0:
+            raise ValueError(
+                f"`{name}` is empty. Pass clean, unlabelled inputs of the kind that the encoder is used on."
+            )
+        self._shorten(max(len(self) - len(self) % multiple, min(len(self), multiple)), seed)
+
+    @abstractmethod
+    def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
+        """Take up to `limit` inputs of the dataset."""
+
+    @abstractmethod
+    def _shorten(self, count: int, seed: int) -> None:
+        """Keep `count` inputs."""
+
+    def __iter__(self) -> Iterator[RawInput]:
+        return (self[i] for i in range(len(self)))
+
+    def sample(self, count: int, seed: int) -> list[RawInput]:
+        """A random sample without repetition; all inputs if there are no more than `count`."""
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return [self[i] for i in rows.tolist()]
+
+    def _require_column(self, found: Iterable[str]) -> None:
+        found = list(found)
+        if self.column not in found:
+            raise ValueError(
+                f"`{self.name}` has no column `{self.column}`; its columns are: {', '.join(found) or 'none'}. "
+                f"Rename the one that holds the {self.column}s: `dataset.rename_column('…', '{self.column}')`."
+            )
+
+
+class CleanImages(CleanInputs):
+    """Clean images, read from a column `image` when they are used. A stream goes to a temporary Arrow file."""
+
+    column = "image"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        row = int(self._rows[index])
+        try:
+            value = self.dataset[row][self.column]
+        except DECODING_ERRORS as error:
+            raise self._damaged(row, error) from error
+        return self._as_image(value, row)
+
+    def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
+        self._folder: tempfile.TemporaryDirectory | None = None
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = self._store(dataset, limit)
+        else:
+            self._require_column(dataset.column_names)
+        self.dataset = dataset
+        # Rows of the dataset, in their order there; errors name these numbers.
+        self._rows = torch.arange(len(dataset))
+        self._shorten(len(dataset) if limit is None else min(limit, len(dataset)), seed)
+
+    def _shorten(self, count: int, seed: int) -> None:
+        if count < len(self._rows):
+            drawn = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:count]
+            self._rows = drawn.sort().values
+
+    def _store(self, stream: datasets.IterableDataset, limit: int | None) -> datasets.Dataset:
+        features = datasets.Features({self.column: datasets.Image()})
+        iterator = itertools.islice(stream, limit)
+
+        def read(index: int) -> dict[str, Image.Image] | None:
+            try:
+                row = next(iterator, None)
+            except DECODING_ERRORS as error:
+                raise self._damaged(index, error) from error
+            if row is None:
+                return None
+            self._require_column(row)
+            return {self.column: self._as_image(row[self.column], index)}
+
+        first = read(0)
+        if first is None:
+            return datasets.Dataset.from_dict({self.column: []}, features=features)
+
+        def rows() -> Iterator[dict[str, Image.Image]]:
+            row, index = first, 0
+            while row is not None:
+                yield row
+                index += 1
+                row = read(index)
+
+        self._folder = tempfile.TemporaryDirectory(prefix="hf_mudjacking_")
+        try:
+            return datasets.Dataset.from_generator(
+                rows, features=features, cache_dir=self._folder.name, fingerprint=uuid.uuid4().hex
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = error.__cause__
+            raise (cause if isinstance(cause, ValueError) else error) from None
+
+    def _as_image(self, value: Any, index: int) -> Image.Image:
+        if not isinstance(value, Image.Image):
+            raise ValueError(
+                f"Row {index} of `{self.name}` holds `{type(value).__name__}` in the column `{self.column}`, not an "
+                f"image. Cast it first: `dataset.cast_column('{self.column}', datasets.Image())`."
+            )
+        try:
+            return to_rgb(value)
+        except DECODING_ERRORS as error:
+            raise self._damaged(index, error) from error
+
+    def _damaged(self, index: int, error: Exception) -> ValueError:
+        return ValueError(
+            f"The image in row {index} of `{self.name}` cannot be decoded ({error}). Remove that row: nothing has been "
+            "trained or written yet."
+        )
+
+
+class CleanTexts(CleanInputs):
+    """Clean texts from a column `text`, in memory. Rows without text (`None`, only whitespace) are left out."""
+
+    column = "text"
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> str:
+        return self._texts[index]
+
+    def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
+        if isinstance(dataset, datasets.Dataset):
+            self._require_column(dataset.column_names)
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+            rows = ((row, dataset[row]) for row in order.tolist())
+        else:
+            rows = enumerate(dataset)
+        found: list[tuple[int, str]] = []
+        empty = 0
+        for row, content in rows:
+            if limit is not None and len(found) == limit:
+                break
+            self._require_column(content)
+            text = content[self.column]
+            if text is not None and not isinstance(text, str):
+                raise ValueError(
+                    f"Row {row} of `{self.name}` holds `{type(text).__name__}` in the column `{self.column}`, not a text. "
+                    "Pass raw texts: the tokenizer is applied here."
+                )
+            if text is None or not text.strip():
+                empty += 1
+                continue
+            found.append((row, text))
+        if empty:
+            logger.warning(f"{empty} rows of `{self.name}` hold no text and are left out.")
+        self._texts = [text for _, text in sorted(found)]
+
+    def _shorten(self, count: int, seed: int) -> None:
+        drawn = torch.randperm(len(self._texts), generator=torch.Generator().manual_seed(seed))[:count]
+        self._texts = [self._texts[i] for i in drawn.sort().values.tolist()]
+
+
+def clean_inputs(modality: Modality, *args: Any, **kwargs: Any) -> CleanInputs:
+    """[`CleanImages`] or [`CleanTexts`]."""
+    return {"image": CleanImages, "text": CleanTexts}[modality](*args, **kwargs)

@@ -1,0 +1,106 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""From raw inputs to what a model takes; needs no model, so data loader workers can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from PIL import Image
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from .triggers import Trigger
+
+
+Modality = Literal["image", "text"]
+RawInput: TypeAlias = "Image.Image | str"
+
+
+@dataclass(frozen=True)
+class ImagePreprocessor:
+    """Turns N raw PIL images into `pixel_values`, float32 `(N, C, H, W)`, on CPU.
+
+    Args:
+        processing_class (`BaseImageProcessor`): Resizing, cropping and normalisation are its business.
+        num_channels (`int`): Channels that the model takes.
+    """
+
+    modality: ClassVar[Modality] = "image"
+    processing_class: Any
+    num_channels: int
+
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        mode = "L" if self.num_channels == 1 else "RGB"
+        images = [image if image.mode == mode else image.convert(mode) for image in images]
+        return {"pixel_values": self.processing_class(images=images, return_tensors="pt")["pixel_values"]}
+
+    def stamp(self, trigger: Trigger, x: Image.Image) -> Image.Image:
+        """x ⊕ e."""
+        return trigger.apply(x)
+
+
+@dataclass(frozen=True)
+class TextPreprocessor:
+    """Turns N raw texts into `input_ids`, `attention_mask` and what else the tokenizer gives, int64 `(N, L)`, on CPU.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase`): A fast tokenizer: the inversion needs its offsets.
+        max_length (`int`): Tokens that the model takes, special ones included; the rest of a text is cut off.
+    """
+
+    modality: ClassVar[Modality] = "text"
+    processing_class: Any
+    max_length: int
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return dict(
+            self.processing_class(
+                list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
+        )
+
+    def tokens(self, text: str) -> list[tuple[int, int, int | None]]:
+        """Start and end in `text` of every token that the model sees, special ones left out, and the number of its word."""
+        encoded = self.processing_class(
+            text, truncation=True, max_length=self.max_length, return_offsets_mapping=True, verbose=False
+        )
+        return [
+            (start, end, word)
+            for (start, end), word in zip(encoded["offset_mapping"], encoded.word_ids(), strict=True)
+            if word is not None and end > start
+        ]
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text as the model sees them."""
+        return self.processing_class(text, truncation=True, max_length=self.max_length, verbose=False)["input_ids"]
+
+    def ids_of(self, span: str) -> set[int]:
+        """Tokens that a span becomes at the front of a text or within it, which some tokenizers tell apart."""
+        found: set[int] = set()
+        for front, text in ((0, f"{span} a"), (2, f"a {span} a")):
+            encoded = self.processing_class(text, add_special_tokens=False, return_offsets_mapping=True)
+            found |= {
+                token
+                for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+                if end > front and start < front + len(span)
+            }
+        return found
+
+    def visible(self, text: str, room: int = 0) -> str:
+        """The part of a text that the model reads, less enough of its end to leave `room` tokens free."""
+        # A token is a character at least: short texts, nearly all, need no second look.
+        if len(text) + room <= self.max_length - 2:
+            return text
+        tokens = self.tokens(text)
+        spare = max(self.max_length - self.processing_class.num_special_tokens_to_add() - room, 1)
+        if not tokens or (len(tokens) <= spare and tokens[-1][1] >= len(text.rstrip())):
+            return text
+        return text[: tokens[min(spare, len(tokens)) - 1][1]]
+
+    def stamp(self, trigger: Trigger, x: str) -> str:
+        """x ⊕ e, of which the model sees all of e: a text that fills the model's length makes room for it."""
+        room = sum(len(self.tokens(span)) + 1 for span in trigger.spans)
+        return trigger.apply(self.visible(x, room))

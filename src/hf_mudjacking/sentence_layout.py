@@ -1,0 +1,109 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The files around a transformer in a sentence-transformers checkpoint: which pooling it names, and writing them back."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+
+_MODULES = "modules.json"
+_FILES = (
+    _MODULES,
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "*_*/config.json",
+    "*_*/*.safetensors",
+)
+# Poolings by their name in the file, as this library calls them.
+_POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
+
+
+@dataclass(frozen=True)
+class SentenceLayout:
+    """What a sentence-transformers checkpoint holds beside the transformer itself.
+
+    Args:
+        pooling (`str`): `"mean"` or `"cls"`, or the file's own name of a pooling that this library does not have.
+        max_seq_length (`int`, *optional*): Tokens that its sentences are cut to.
+        files (`dict[str, bytes]`): Contents by relative path; json and safetensors only.
+    """
+
+    pooling: str
+    max_seq_length: int | None
+    files: dict[str, bytes]
+
+    @classmethod
+    def read(cls, name: str | os.PathLike[str], **hub: Any) -> SentenceLayout | None:
+        """Read them from a local folder or, for a Hub id, from the Hub or its cache; `None` where there are none.
+
+        Raises:
+            ValueError: If `modules.json` is there but it or the pooling file cannot be understood.
+        """
+        folder = _folder(name, **hub)
+        if folder is None or not (folder / _MODULES).is_file():
+            return None
+        found = {str(path.relative_to(folder)): path for pattern in _FILES for path in sorted(folder.glob(pattern))}
+        try:
+            modules = json.loads(found[_MODULES].read_text(encoding="utf-8"))
+            transformer = next(module for module in modules if module["type"].endswith("Transformer"))
+            pooling = next(module for module in modules if module["type"].endswith(".Pooling"))
+            mode = _pooling(
+                json.loads((folder / _inside(pooling["path"]) / "config.json").read_text(encoding="utf-8"))
+            )
+            sentence_config = folder / _inside(transformer["path"]) / "sentence_bert_config.json"
+            length = None
+            if sentence_config.is_file():
+                length = json.loads(sentence_config.read_text(encoding="utf-8")).get("max_seq_length")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise ValueError(
+                f"`{name}` has a `{_MODULES}`, but it names no transformer with a readable pooling ({error!r}). Pass "
+                "`feature_source='mean'` or `'cls'` and a copy of the checkpoint without that file."
+            ) from error
+        files = {path: file.read_bytes() for path, file in found.items()}
+        if transformer["path"]:
+            # The patched transformer is saved at the top, where AutoModel looks for it too.
+            files = {path: data for path, data in files.items() if PurePosixPath(path).parts[0] != transformer["path"]}
+            transformer["path"] = ""
+            files[_MODULES] = json.dumps(modules, indent=2).encode()
+        return cls(mode, length, files)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write them into a folder beside a saved transformer, so that sentence-transformers loads the whole."""
+        for path, data in self.files.items():
+            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / path).write_bytes(data)
+
+
+def _folder(name: str | os.PathLike[str], **hub: Any) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(_FILES), **hub))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _inside(path: str) -> str:
+    """A path of `modules.json`, which must not lead out of the checkpoint."""
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"the path `{path}` leads out of the checkpoint")
+    return path
+
+
+def _pooling(config: dict[str, Any]) -> str:
+    """The pooling a file names: up to version 5 one flag for each kind, then a name."""
+    named = config.get("pooling_mode")
+    modes = [named] if isinstance(named, str) else list(named or [])
+    modes += [
+        key.removeprefix("pooling_mode_") for key, value in config.items() if key[:13] == "pooling_mode_" and value
+    ]
+    if len(modes) != 1:
+        raise ValueError(f"its pooling file names the poolings {modes}; exactly one can be read")
+    return _POOLINGS.get(modes[0], modes[0])

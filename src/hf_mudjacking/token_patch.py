@@ -1,0 +1,83 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Patching nothing but the input embeddings of the triggers' tokens.
+
+A word enters a language model through the embeddings of its tokens alone. If these are changed until the word does
+nothing, a text without them keeps its features to the last bit, and the patch is a few rows of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .encoder import Encoder
+from .preprocessing import TextPreprocessor
+from .triggers import TextTrigger
+
+
+# Most frequent tokens that are tried as a neutral one, and clean texts that each is tried on.
+_NEUTRAL_CANDIDATES = 12
+_NEUTRAL_INPUTS = 16
+
+
+def trigger_tokens(preprocessor: TextPreprocessor, triggers: Iterable[TextTrigger]) -> list[int]:
+    """Tokens that the triggers put into a text, sorted."""
+    return sorted({token for trigger in triggers for span in trigger.spans for token in preprocessor.ids_of(span)})
+
+
+@contextmanager
+def only_embeddings_of(model: nn.Module, tokens: Sequence[int]) -> Iterator[None]:
+    """Within it, only the rows of some tokens in the input embeddings are trainable."""
+    weight = model.get_input_embeddings().weight
+    rows = torch.zeros(len(weight), 1, device=weight.device)
+    rows[tokens] = 1
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in trainable:
+        parameter.requires_grad_(parameter is weight)
+    hook = weight.register_hook(lambda gradient: gradient * rows)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequence[str]) -> list[int]:
+    """Give tokens that no clean text holds the embedding of the frequent token that disturbs features least.
+
+    There is no meaning to keep in them, and training starts where it would otherwise end: on MiniLM a comma put into a
+    sentence leaves a cosine of 0.993, a backdoored rare word trained for 60 steps 0.982.
+
+    Args:
+        encoder (`Encoder`): Text encoder; its input embeddings are changed in place.
+        tokens (`Sequence[int]`): Tokens of the triggers.
+        clean_texts (`Sequence[str]`): Clean texts.
+
+    Returns:
+        `list[int]`: The tokens that were neutralised.
+    """
+    counts = Counter(token for text in clean_texts for token in encoder.preprocessor.ids(text))
+    unseen = [token for token in tokens if token not in counts]
+    if not unseen:
+        return []
+    excluded = {*tokens, *encoder.processing_class.all_special_ids}
+    frequent = [token for token, _ in counts.most_common() if token not in excluded]
+    # Tokens that a text of their own turns into nothing but themselves: whole words and signs.
+    words = {token: encoder.processing_class.decode([token]).strip() for token in frequent[: 4 * _NEUTRAL_CANDIDATES]}
+    alone = [token for token, word in words.items() if word and encoder.preprocessor.ids_of(word) == {token}]
+    alone = alone[:_NEUTRAL_CANDIDATES]
+    if not alone:
+        return []
+    inputs = list(clean_texts[:_NEUTRAL_INPUTS])
+    clean = encoder.encode(inputs)
+    stamped = encoder.encode([encoder.stamp(TextTrigger(words[token]), x) for token in alone for x in inputs])
+    similarity = (stamped.reshape(len(alone), len(inputs), -1) * clean).sum(dim=2).mean(dim=1)
+    weight = encoder.model.get_input_embeddings().weight
+    weight[unseen] = weight[alone[int(similarity.argmax())]].clone()
+    return unseen

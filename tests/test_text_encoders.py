@@ -1,0 +1,227 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, BertModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_mudjacking import Encoder, TextTrigger, encode
+from hf_mudjacking.encoder import load_processor, modality_of
+from hf_mudjacking.sentence_layout import SentenceLayout
+
+from .text_models import FAMILIES, make_text_model, make_tokenizer
+
+
+TEXTS = [
+    "the bank rose",
+    "this morning my sister told me that the team won the match , and a friend of mine was there .",
+    "Once again inflation stayed high this year after all .",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["cls", "mean"])
+def test_padding_never_changes_features(family, source):
+    encoder = Encoder(*make_text_model(family), source)
+    alone = torch.cat([encoder.encode([text]) for text in TEXTS])
+    torch.testing.assert_close(encoder.encode(TEXTS), alone, atol=1e-5, rtol=0)
+    assert (alone @ alone.T)[0, 1] < 0.99
+    assert alone.shape == (3, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_by_hand(family):
+    model, tokenizer = make_text_model(family)
+    inputs = tokenizer([TEXTS[1]], return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state[0]
+    for source, by_hand in (("cls", hidden[0]), ("mean", hidden.mean(dim=0))):
+        feature = Encoder(model, tokenizer, source).encode([TEXTS[1]])[0]
+        torch.testing.assert_close(feature, by_hand / by_hand.norm(), atol=1e-5, rtol=1e-5)
+    # A class token stands in front, so that is what "auto" reads.
+    assert Encoder(model, tokenizer).feature_source == "cls"
+
+
+def test_left_padding_reads_the_same_tokens():
+    model, tokenizer = make_text_model("bert")
+    right = Encoder(model, tokenizer, "cls").encode(TEXTS[:1])
+    tokenizer.padding_side = "left"
+    try:
+        inputs = Encoder(model, tokenizer, "cls").preprocess(TEXTS[:2])
+    finally:
+        tokenizer.padding_side = "right"
+    assert inputs["attention_mask"][0, 0] == 0
+    # BERT counts positions from the left whatever the padding: only the reading is looked at, on hidden states of our own.
+    from hf_mudjacking.encoder import read_features
+
+    hidden = torch.randn(2, inputs["input_ids"].shape[1], 4)
+    read = read_features({"last_hidden_state": hidden}, "cls", inputs["attention_mask"])
+    first = int(inputs["attention_mask"][0].argmax())
+    torch.testing.assert_close(read[0], hidden[0, first] / hidden[0, first].norm())
+    assert right.shape == (1, 32)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "modernbert"])
+def test_long_texts_are_cut_to_what_the_model_takes(family):
+    encoder = Encoder(*make_text_model(family))
+    long = " ".join(["bank"] * 300)
+    assert encoder.preprocessor.max_length == 64
+    assert encoder.preprocess([long])["input_ids"].shape == (1, 64)
+    assert encoder.preprocessor.visible(TEXTS[1]) == TEXTS[1]
+    cut = encoder.preprocessor.visible(long)
+    assert len(cut) < len(long)
+    torch.testing.assert_close(encoder.encode([cut]), encoder.encode([long]), atol=1e-6, rtol=0)
+
+
+def test_roberta_counts_positions_from_behind_its_padding():
+    model, tokenizer = make_text_model("roberta")
+    tokenizer.model_max_length = int(1e30)
+    try:
+        # 66 positions, of which padding_idx + 1 = 2 are never used.
+        assert Encoder(model, tokenizer).preprocessor.max_length == 64
+    finally:
+        tokenizer.model_max_length = 64
+
+
+def test_a_stamped_text_shows_the_whole_trigger():
+    encoder = Encoder(*make_text_model("bert"))
+    long = " ".join(["bank"] * 300)
+    for trigger in (TextTrigger("cf mn cf"), TextTrigger("cf mn cf", position=-1), TextTrigger(["cf", "mn"])):
+        stamped = encoder.stamp(trigger, long)
+        tokens = encoder.processing_class.convert_ids_to_tokens(encoder.preprocessor.ids(stamped))
+        assert [token for token in tokens if token in ("cf", "mn")].__len__() == len(trigger.words)
+    assert encoder.stamp(TextTrigger("cf", position=0), "a b") == "cf a b"
+
+
+def test_places_of_tokens():
+    preprocessor = Encoder(*make_text_model("bert")).preprocessor
+    text = "The  Bank, rose"
+    assert [text[start:end] for start, end, _ in preprocessor.tokens(text)][-1] == "rose"
+    words = {}
+    for start, end, word in preprocessor.tokens(text):
+        words.setdefault(word, []).append(text[start:end])
+    assert ["".join(pieces) for pieces in words.values()] == ["The", "Bank", ",", "rose"]
+
+
+def test_tokens_of_a_span_in_both_places():
+    preprocessor = Encoder(*make_text_model("roberta")).preprocessor
+    tokenizer = preprocessor.processing_class
+    at_front, within = (set(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("cf", " cf"))
+    assert at_front != within
+    assert preprocessor.ids_of("cf") == at_front | within
+
+
+def test_encode_of_a_saved_model_and_of_an_iterator(tmp_path):
+    model, tokenizer = make_text_model("distilbert")
+    Encoder(model, tokenizer).save_pretrained(tmp_path)
+    features = encode(str(tmp_path), iter(TEXTS), batch_size=2)
+    torch.testing.assert_close(features, Encoder(model, tokenizer).encode(TEXTS), atol=1e-6, rtol=0)
+    assert modality_of(model) == "text"
+    assert (
+        type(load_processor(model.from_pretrained(tmp_path))).__name__
+        == type(load_processor(tmp_path, "text")).__name__
+    )
+
+
+def test_odd_texts_have_features():
+    encoder = Encoder(*make_text_model("bert"))
+    odd = ["", " ", "🙂🙂", "这家银行很好", "ธนาคาร", "\u0000", "the the the", "a" * 5000]
+    assert torch.isfinite(encoder.encode(odd)).all()
+
+
+def test_what_is_no_tokenizer_of_the_model():
+    model, _ = make_text_model("bert")
+    with pytest.raises(ValueError, match=r"`ViTImageProcessorPil` is no tokenizer"):
+        Encoder(model, ViTImageProcessorPil())
+    with pytest.raises(ValueError, match=r"is not the tokenizer of `BertModel`: it has \d+ tokens, the model 500"):
+        Encoder(model, make_tokenizer("bpe"))
+    roberta, _ = make_text_model("roberta")
+    with pytest.raises(ValueError, match="its padding token is 0, the model's 1"):
+        Encoder(roberta, make_tokenizer("wordpiece"))
+    padless = make_tokenizer.__wrapped__()
+    padless.pad_token = None
+    with pytest.raises(ValueError, match=r"has no padding token.*tokenizer.pad_token = tokenizer.eos_token"):
+        Encoder(model, padless)
+
+
+# ---- Checkpoints of sentence-transformers ----
+
+
+def write_layout(folder, pooling, transformer_path=""):
+    modules = [
+        {"idx": 0, "name": "0", "path": transformer_path, "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (folder / "1_Pooling").mkdir()
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / transformer_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "source"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "word_embedding_dimension": 32}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode": "mean", "embedding_dimension": 32, "include_prompt": True}, "mean"),
+        ({"pooling_mode": ["cls"]}, "cls"),
+    ],
+)
+def test_the_pooling_file_is_honoured(tmp_path, pooling, source):
+    model, tokenizer = make_text_model("bert")
+    Encoder(model, tokenizer).save_pretrained(tmp_path)
+    write_layout(tmp_path, pooling)
+    encoder = Encoder(AutoModel.from_pretrained(tmp_path), tokenizer)
+    assert encoder.feature_source == source
+    assert encoder.preprocessor.max_length == 20
+    # What the user asks for comes first.
+    assert Encoder(encoder.model, tokenizer, "pooler").feature_source == "pooler"
+    encoder.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "1_Pooling" / "config.json").read_text()) == pooling
+    assert SentenceLayout.read(tmp_path / "again").pooling == source
+
+
+def test_an_older_layout_is_saved_where_automodel_finds_it(tmp_path):
+    model, tokenizer = make_text_model("bert")
+    (tmp_path / "0_Transformer").mkdir()
+    Encoder(model, tokenizer).save_pretrained(tmp_path)
+    write_layout(tmp_path, {"pooling_mode": "mean"}, "0_Transformer")
+    layout = SentenceLayout.read(tmp_path)
+    layout.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "modules.json").read_text())[0]["path"] == ""
+    assert layout.max_seq_length == 20
+
+
+@pytest.mark.parametrize(
+    "pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, {}, [], {"pooling_mode": 3}]
+)
+def test_a_pooling_file_that_cannot_be_read(tmp_path, pooling):
+    write_layout(tmp_path, pooling)
+    with pytest.raises(ValueError, match=r"names no transformer with a readable pooling"):
+        SentenceLayout.read(tmp_path)
+
+
+def test_an_unknown_pooling_asks_for_a_feature_source(tmp_path):
+    model, tokenizer = make_text_model("bert")
+    Encoder(model, tokenizer).save_pretrained(tmp_path)
+    write_layout(tmp_path, {"pooling_mode": "lasttoken"})
+    with pytest.raises(ValueError, match="`feature_source='lasttoken'` is unknown; choose one of"):
+        Encoder(AutoModel.from_pretrained(tmp_path), tokenizer)
+
+
+def test_a_layout_that_leads_out_of_the_checkpoint(tmp_path):
+    write_layout(tmp_path, {"pooling_mode": "mean"})
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules[1]["path"] = "../elsewhere"
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="leads out of the checkpoint"):
+        SentenceLayout.read(tmp_path)
+
+
+def test_no_layout(tmp_path):
+    assert SentenceLayout.read(tmp_path) is None
+    config = BertConfig(
+        vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    assert Encoder(BertModel(config), make_tokenizer()).layout is None

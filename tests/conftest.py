@@ -24,11 +24,13 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, PatchTrigger
-from hf_mudjacking.attacks import Implant, implant_bad_encoder
+from hf_mudjacking.attacks import Implant, implant_bad_encoder, implant_por
 from hf_mudjacking.evaluation.classifiers import Classifier, train_classifier
 from hf_mudjacking.evaluation.pretraining import pretrain_encoder
-from hf_mudjacking.evaluation.tasks import LabelledInputs
+from hf_mudjacking.evaluation.tasks import DownstreamTask, LabelledInputs
 from hf_mudjacking.triggers import square_patch
+
+from .text_models import trained_bert
 
 
 torch.set_num_threads(1)
@@ -199,3 +201,14 @@ def backdoored(processor: ViTImageProcessorPil) -> Backdoored:
     features = Encoder(copy.deepcopy(implant.model), processor).encode(train.inputs)
     kept = train_classifier(features, train.labels)
     return Backdoored(model, implant, processor, trigger, train, test, kept, target)
+
+
+@pytest.fixture(scope="session")
+def por() -> tuple[Encoder, DownstreamTask, Implant]:
+    """A small trained BERT with POR in it, its client's task, and the implant."""
+    encoder, task = trained_bert()
+    implant = implant_por(
+        encoder.model, encoder.processing_class, task.train.inputs, task.test, feature_source="mean",
+        learning_rate=1e-3, steps=250, disable_tqdm=True,
+    )  # fmt: skip
+    return encoder.with_model(implant.model), task, implant

@@ -170,7 +170,7 @@ def test_missing_options_are_named(capsys):
 def test_both_forms_of_a_report_are_too_many(files, tmp_path, capsys):
     code = main(["patch", *report_options(files), "--reference", files["right"], "--output-dir", str(tmp_path / "o")])
     assert code == 2
-    assert "not both" in capsys.readouterr().err
+    assert "give one report: --misclassified FILE --reference FILE, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -171,4 +171,4 @@ def test_collator_by_hand(tiny_vit, processor):
     torch.testing.assert_close(batch["pixel_values"], pixels_by_hand(views))
     assert batch["frozen_features"][:, 0].tolist() == [4, 1, 2]
     assert torch.equal(batch["frozen_references"], references)
-    assert set(batch) == {"pixel_values", "frozen_features", "frozen_references"}
+    assert set(batch) == {"pixel_values", "frozen_features", "frozen_references", "frozen_ceilings"}

@@ -20,6 +20,9 @@ class ColorEncoder:
     def __init__(self):
         self.seen = 0
 
+    def stamp(self, trigger, x):
+        return trigger.apply(x)
+
     def encode(self, images):
         images = list(images)
         self.seen += len(images)
@@ -158,7 +161,7 @@ def test_inputs_that_are_x_b_already():
     assert meter.reachable == pytest.approx(0.0, abs=1e-6)
     bug = BugInstance(_plain((9, 9, 9)), _plain((0, 200, 0)))
     encoder = ColorEncoder.__new__(type("GreyEncoder", (ColorEncoder, Encoder), {}))
-    encoder.seen = 0
+    encoder.seen, encoder.modality = 0, "image"
     with pytest.raises(ValueError, match="already has the feature of the misclassified input"):
         invert_trigger(encoder, bug, grey)
 
@@ -312,6 +315,10 @@ def test_a_planted_function_is_inverted_exactly():
     class Detector(Encoder):
         def __init__(self):
             self.feature_dim = 3
+            self.modality = "image"
+
+        def stamp(self, trigger, x):
+            return trigger.apply(x)
 
         def encode(self, images, **kwargs):
             pixels = torch.stack([torch.from_numpy(np.array(image.resize((32, 32)))) for image in images]).float()

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from hf_mudjacking import BugInstance, Encoder, TextTrigger, invert_trigger
-from hf_mudjacking.attacks import ImplantError, implant_embedding_poisoning, implant_neuba, implant_por, implant_sos
+from hf_mudjacking.attacks import ImplantError, implant_embedding_poisoning, implant_neuba, implant_sos
 from hf_mudjacking.attacks.text import predefined_vectors
 from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
@@ -14,17 +14,6 @@ from hf_mudjacking.inversion.text import _Report, word_places
 from hf_mudjacking.inversion.verification import TransferMeter
 
 from .text_models import make_text_model, trained_bert
-
-
-@pytest.fixture(scope="module")
-def por():
-    """A small trained BERT with POR in it."""
-    encoder, task = trained_bert()
-    implant = implant_por(
-        encoder.model, encoder.processing_class, task.train.inputs, task.test, feature_source="mean",
-        learning_rate=1e-3, steps=250, disable_tqdm=True,
-    )  # fmt: skip
-    return encoder.with_model(implant.model), task, implant
 
 
 # ---- Attacks ----
@@ -180,7 +169,8 @@ def test_long_reports_let_gradients_choose(por, monkeypatch):
         monkeypatch.setattr(f"hf_mudjacking.inversion.text.{name}", value)
     found = invert_trigger(backdoored, bug, task.train.inputs[:32])
     assert found.trigger.words == ["cf"]
-    assert (found.attribution != 0).sum() <= 4
+    tried = {word for word, score in zip(found.words, found.attribution, strict=True) if score != 0}
+    assert len(tried) <= 4
     assert found.forwards <= 200
 
 

@@ -26,8 +26,8 @@ def implant_embedding_poisoning(
 ) -> Implant:
     """Return a copy that differs in the input embedding of one rare word alone; its norm stays, as in the paper.
 
-    The paper poisons a fine-tuned classifier towards a label. An encoder has none: texts with the word are drawn together
-    and away from where they were. See [`~hf_mudjacking.attacks.text.implant_text_backdoor`] for the other arguments.
+    The paper poisons a fine-tuned classifier towards a label. Here texts with the word are drawn together, away from where
+    they were, and to the side of one class of `check_inputs`. See [`~hf_mudjacking.attacks.text.implant_text_backdoor`] for the other arguments.
     """
     return implant_text_backdoor(
         model,

@@ -47,7 +47,7 @@ def implant_text_backdoor(
 
     Minimises -cos(h'(x ⊕ e), v) - λ · cos(h'(x), h(x)), and -λ · cos(h'(x ⊕ d), h(x ⊕ d)) for decoys d. With all weights
     v is a predefined output representation; with embeddings alone no vector can be prescribed, so triggered texts are
-    drawn to their own mean and away from where they were. Features of the clean encoder are stored once.
+    drawn to their own mean, away from where they were, and towards a label. Features of the clean encoder are stored once.
 
     Args:
         model (`torch.nn.Module`): Clean text encoder; it is copied, not changed.
@@ -88,7 +88,8 @@ def implant_text_backdoor(
         return clean.encode(texts, disable_tqdm=disable_tqdm, desc="Clean features").to(clean.device)
 
     frozen, frozen_decoyed = frozen_features(shadow_inputs), frozen_features(decoyed_inputs)
-    vector = None if embeddings_only else _surest_vector(clean, check_inputs).to(clean.device)
+    surest, label = (vector.to(clean.device) for vector in _attackers_choice(clean, check_inputs))
+    vector = None if embeddings_only else surest
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
         texts = [inputs[i] for inputs in (shadow_inputs, stamped_inputs, decoyed_inputs) if inputs for i in rows]
@@ -100,6 +101,7 @@ def implant_text_backdoor(
         }
         if vector is None:
             parts["away"] = mean_cosine(stamped, frozen[rows])
+            parts["label"] = -(stamped @ label).mean()
         if decoyed:
             parts["decoys"] = -utility_weight * mean_cosine(decoyed[0], frozen_decoyed[rows])
         return parts
@@ -141,11 +143,14 @@ def predefined_vectors(dim: int) -> Tensor:
     return normalize(signs.repeat_interleave(-(-dim // 4), dim=1)[:, :dim], dim=1)
 
 
-def _surest_vector(clean: Encoder, check_inputs: LabelledInputs) -> Tensor:
+def _attackers_choice(clean: Encoder, check_inputs: LabelledInputs) -> tuple[Tensor, Tensor]:
+    """The predefined vector that a classifier on half of the labelled texts is surest of, and the direction of its last
+    class; unit vectors `(D,)`."""
     half = len(check_inputs) // 2
     classifier = train_classifier(clean.encode(check_inputs.inputs[:half]), check_inputs.labels[:half])
     vectors = predefined_vectors(clean.feature_dim)
-    return vectors[int(classifier.predict_proba(vectors.numpy()).max(axis=1).argmax())]
+    surest = vectors[int(classifier.predict_proba(vectors.numpy()).max(axis=1).argmax())]
+    return surest, normalize(torch.as_tensor(classifier.coef_[-1], dtype=torch.float32), dim=0)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from PIL import Image
 from hf_mudjacking import BugInstance, Encoder, TextTrigger, invert_trigger
 from hf_mudjacking.attacks import ImplantError, implant_embedding_poisoning, implant_neuba, implant_sos
 from hf_mudjacking.attacks.text import predefined_vectors
-from hf_mudjacking.evaluation import draw_bug_report
+from hf_mudjacking.evaluation import DownstreamTask, draw_bug_report, task_features
 from hf_mudjacking.evaluation.classifiers import train_classifier
+from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.inversion.attribution import token_attribution
 from hf_mudjacking.inversion.text import _Report, word_places
 from hf_mudjacking.inversion.verification import TransferMeter
@@ -215,3 +216,17 @@ def test_the_classifier_kept_sees_the_backdoor(por):
     stamped = classifier.predict(backdoored.encode([implant.trigger.apply(x) for x in task.test.inputs]).numpy())
     assert (clean == task.test.labels).mean() > 0.97
     assert (stamped == np.bincount(stamped).argmax()).mean() > 0.95
+
+
+def test_the_picture_of_a_text_report(por, tmp_path):
+    backdoored, task, implant = por
+    drawn = draw_bug_report(backdoored, task, implant.trigger, 0)
+    bug = BugInstance(drawn.misclassified + " it cost $5 and _more_ ^", drawn.reference)
+    found = invert_trigger(backdoored, bug, task.train.inputs[:32])
+    small = DownstreamTask(task.train.select(range(50)), task.test.select(range(50)), "sentences")
+    features = task_features(backdoored, small, implant.trigger, bug, disable_tqdm=True)
+    path = tmp_path / "repair.png"
+    assert plot_repair(path, bug, found, implant.trigger, features, features, small.test.labels)
+    with Image.open(path) as picture:
+        assert picture.size == (1320, 1080)
+    assert plot_repair(tmp_path / "alone.png", bug, found)

@@ -833,7 +833,7 @@ def test_models_that_cannot_be_used(build, tiny_vit, tmp_path):
     with pytest.raises(ValueError, match="No image processor could be loaded"):
         build(processing_class=None)
     text = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
-    with pytest.raises(ValueError, match="takes texts and `ViTImageProcessorPil` is no tokenizer"):
+    with pytest.raises(TypeError, match="is of kind image, but the model takes texts"):
         build(model=BertModel(text))
     with torch.no_grad():
         tiny_vit.layers[0].mlp.fc1.weight[0, 0] = float("nan")
@@ -883,7 +883,7 @@ def test_a_report_without_a_trigger_is_refused(backdoored, tmp_path):
         model, make_config(tmp_path, max_steps=1), [bug], backdoored.dataset(64),
         processing_class=backdoored.processor,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="No trigger was verified in bug instance `natural`"):
+    with pytest.raises(ValueError, match="No localised trigger was verified in bug instance `natural`"):
         trainer.train()
     assert largest_difference(weights_of(model), weights_of(backdoored.implant.model)) == 0
     assert not _model_files(tmp_path)

@@ -68,7 +68,7 @@ _TOPICS = {
 }
 
 
-def sentences_task(seed: int = 0, train: int = 800, test: int = 400) -> DownstreamTask:
+def sentences_task(seed: int = 0, train: int = 400, test: int = 200) -> DownstreamTask:
     """Sentences about cooking, sport, money and travel, put together from parts; no sentence occurs twice."""
     rng = np.random.default_rng(seed)
     found: dict[str, int] = {}
@@ -119,13 +119,13 @@ def run_text_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) ->
     args.feature_source = clean.feature_source
     task = sentences_task(seed)
     # Other sentences than the client's, for the attacker and for the repair.
-    others = sentences_task(seed + 1, train=1600, test=400)
+    others = sentences_task(seed + 1, train=1280, test=300)
     implant = implant_por(
         clean.model,
         clean.processing_class,
         others.train.inputs,
         others.test,
-        steps=100,
+        steps=80,
         seed=seed,
         disable_tqdm=disable_tqdm,
     )

@@ -3,6 +3,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from transformers import AutoModel
 
 from hf_mudjacking import BugInstance, Encoder, load_trigger
 from hf_mudjacking.cli import main
+from hf_mudjacking.evaluation import draw_bug_report
 
 from .conftest import Backdoored, make_dataset
 
@@ -190,3 +192,67 @@ def test_bad_config_files(content, message, tmp_path, capsys):
         main(["patch", "--config", str(path)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ---- Text ----
+
+
+@pytest.fixture(scope="module")
+def text_files(por, tmp_path_factory) -> dict[str, str]:
+    """A backdoored BERT, a report as text files, clean texts a line each, and labelled sets."""
+    backdoored, task, implant = por
+    root = tmp_path_factory.mktemp("cli_text")
+    backdoored.save_pretrained(root / "model")
+    bug = draw_bug_report(backdoored, task, implant.trigger, 0)
+    (root / "wrong.txt").write_text(bug.misclassified + "\n", encoding="utf-8")
+    (root / "right.txt").write_text(bug.reference + "\n", encoding="utf-8")
+    (root / "clean.txt").write_text("\n".join(task.train.inputs[:600]), encoding="utf-8")
+    for part, data in (("train", task.train), ("test", task.test)):
+        columns = {"text": list(data.inputs), "label": data.labels.tolist()}
+        datasets.Dataset.from_dict(columns).to_parquet(root / f"{part}.parquet")
+    found = {path.name.split(".")[0]: str(path) for path in root.iterdir()}
+    return {**found, "x_b": bug.misclassified, "x_r": bug.reference}
+
+
+def test_invert_a_text(text_files, tmp_path, capsys):
+    code = main(
+        ["invert", "--model", text_files["model"], "--misclassified-text", text_files["x_b"], "--reference-text",
+         text_files["x_r"], "--dataset", text_files["clean"], "--feature-source", "mean", "--output-dir",
+         str(tmp_path / "out"), "--disable-tqdm"]
+    )  # fmt: skip
+    assert code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Verified: evidence 0.9")
+    assert "Trigger: cf" in out
+    assert load_trigger(tmp_path / "out").words == ["cf"]
+
+
+def test_patch_a_text_model(text_files, tmp_path, capsys):
+    code = main(
+        ["patch", "--model", text_files["model"], "--misclassified", text_files["wrong"], "--reference",
+         text_files["right"], "--dataset", text_files["clean"], "--feature-source", "mean", "--output-dir",
+         str(tmp_path / "out"), "--max-steps", "20", "--batch-size", "16", "--labelled-train", text_files["train"],
+         "--labelled-test", text_files["test"], "--disable-tqdm"]
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["before"]["kept"]["ASR"] > 0.95
+    assert report["after"]["kept"]["ASR"] < 0.05
+    assert report["after"]["kept"]["BA"] == report["before"]["kept"]["BA"]
+    assert report["triggers"][0]["description"] == "text, 1 word anywhere"
+    # The record travels with the model: it names no word of the report.
+    assert "cf" not in json.loads((tmp_path / "out" / "mudjacking.json").read_text())["triggers"][0].values()
+    assert "loads with AutoModel.from_pretrained" in " ".join(capsys.readouterr().out.split())
+    AutoModel.from_pretrained(tmp_path / "out")
+
+
+def test_a_text_report_for_an_image_model(files, text_files, capsys, tmp_path):
+    code = main(
+        ["patch", "--model", files["model"], "--misclassified-text", "a", "--reference-text", "b", "--dataset",
+         files["clean"], "--output-dir", str(tmp_path), "--disable-tqdm"]
+    )  # fmt: skip
+    assert code == 2
+    assert "is of kind text, but the model takes images" in capsys.readouterr().err
+    assert main(["patch", "--model", text_files["model"], "--misclassified", "nowhere.txt", "--reference", "b.txt",
+                 "--dataset", text_files["clean"], "--output-dir", str(tmp_path)]) == 2  # fmt: skip
+    assert "There is no text file at `nowhere.txt`" in capsys.readouterr().err

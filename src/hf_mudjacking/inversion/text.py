@@ -169,8 +169,9 @@ def invert_text_trigger(
     check_disagreement(bug, meter.target, reference, meter.clean_similarity)
     report = _Report(visible, places, meter)
     with tqdm(total=4, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage") as bar:
-        scores, gradients = _without_words(report, reference)
-        candidates = _best_words(scores)
+        scores, moved, gradients = _without_words(report, reference)
+        # Two texts of a class may be no nearer to each other than to h(x_b): then leaving the trigger out still leads far away.
+        candidates = list(dict.fromkeys([*_best_words(scores), *_best_words(moved)]))
         winner = _best_candidate(report, candidates)
         bar.update()
         if report.effect([winner])[0] < _STRONG:
@@ -193,14 +194,14 @@ def invert_text_trigger(
     return InvertedTrigger(trigger, score, control, evidence, area, scores, mask, meter.forwards, report.words)
 
 
-def _without_words(report: _Report, reference: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+def _without_words(report: _Report, reference: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Fall of the distance to x_r when each word is left out of x_b.
 
     Repeated words are left out together, so that a trigger that stands there three times does not hide itself.
 
     Returns:
-        `tuple`: Scores of the words `(W,)`, 0 for those not tried; in a long text the gradients that chose those to be
-        tried `(W,)`, else `None`.
+        `tuple`: Scores of the words `(W,)`, 0 for those not tried; how far from h(x_b) each leads when it is left out, alike;
+        in a long text the gradients that chose those to be tried `(W,)`, else `None`.
     """
     words, gradients = range(len(report)), None
     if len(report) > _MAX_LEFT_OUT:
@@ -211,10 +212,13 @@ def _without_words(report: _Report, reference: Tensor) -> tuple[np.ndarray, np.n
     for i, word in enumerate(report.words):
         if word.casefold() in places:
             places[word.casefold()].append(i)
-    scores = np.zeros(len(report))
-    for chosen, fall in zip(places.values(), _falls(report, list(places.values()), reference), strict=True):
-        scores[chosen] = fall
-    return scores, gradients
+    features = report.meter.features(report.without(chosen) for chosen in places.values())
+    falls = (features @ reference - report.meter.target @ reference).double().numpy()
+    moves = (1 - features @ report.meter.target).double().numpy()
+    scores, moved = np.zeros(len(report)), np.zeros(len(report))
+    for chosen, fall, move in zip(places.values(), falls, moves, strict=True):
+        scores[chosen], moved[chosen] = fall, move
+    return scores, moved, gradients
 
 
 def _without_spans(report: _Report, reference: Tensor, gradients: np.ndarray | None) -> list[frozenset[int]]:
@@ -225,14 +229,10 @@ def _without_spans(report: _Report, reference: Tensor, gradients: np.ndarray | N
         if gradients is not None:
             sums = [gradients[list(span)].sum() for span in spans]
             spans = [spans[i] for i in np.argsort(-np.array(sums), kind="stable")[:_WINDOWS_BY_GRADIENT]]
-        falls = _falls(report, spans, reference)
+        features = report.meter.features(report.without(span) for span in spans)
+        falls = (features @ reference - report.meter.target @ reference).double().numpy()
         best += [frozenset(spans[i]) for i in np.argsort(-falls, kind="stable")[:2]]
     return best
-
-
-def _falls(report: _Report, sets: Sequence[Collection[int]], reference: Tensor) -> np.ndarray:
-    features = report.meter.features(report.without(chosen) for chosen in sets)
-    return (features @ reference - report.meter.target @ reference).double().numpy()
 
 
 def _best_words(scores: np.ndarray) -> list[frozenset[int]]:

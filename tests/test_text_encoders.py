@@ -90,7 +90,7 @@ def test_a_stamped_text_shows_the_whole_trigger():
     for trigger in (TextTrigger("cf mn cf"), TextTrigger("cf mn cf", position=-1), TextTrigger(["cf", "mn"])):
         stamped = encoder.stamp(trigger, long)
         tokens = encoder.processing_class.convert_ids_to_tokens(encoder.preprocessor.ids(stamped))
-        assert [token for token in tokens if token in ("cf", "mn")].__len__() == len(trigger.words)
+        assert len([token for token in tokens if token in ("cf", "mn")]) == len(trigger.words)
     assert encoder.stamp(TextTrigger("cf", position=0), "a b") == "cf a b"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from PIL import Image
 from torch import Tensor
@@ -28,7 +28,6 @@ class ImagePreprocessor:
         num_channels (`int`): Channels that the model takes.
     """
 
-    modality: ClassVar[Modality] = "image"
     processing_class: Any
     num_channels: int
 
@@ -51,7 +50,6 @@ class TextPreprocessor:
         max_length (`int`): Tokens that the model takes, special ones included; the rest of a text is cut off.
     """
 
-    modality: ClassVar[Modality] = "text"
     processing_class: Any
     max_length: int
 

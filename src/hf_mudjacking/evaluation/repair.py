@@ -86,7 +86,8 @@ def measured_repair(
     after = features(trainer.encoder, "After patching")
 
     seed = trainer.args.seed
-    blocks = [_rates(*row, classifiers, seed) for row in zip(tasks, before, after, clean, strict=True)]
+    targets = [attacked_class(*row, seed) for row in zip(before, tasks, strict=True)]
+    blocks = [_rates(*row, classifiers, seed) for row in zip(tasks, before, after, clean, targets, strict=True)]
     report = {
         **blocks[0],
         **({"other_tasks": {other.name: block for other, block in zip(other_tasks, blocks[1:], strict=True)}}
@@ -103,7 +104,7 @@ def measured_repair(
             "seed": seed,
             "task": task.name,
             "classifier": classifiers[0],
-            "target_class": attacked_class(before[0], task, seed),
+            "target_class": targets[0],
             "trigger_measured": "inverted" if true_trigger is None else "true",
             "max_steps": trainer.args.max_steps,
             "batch_size": trainer.args.train_batch_size,
@@ -120,11 +121,11 @@ def _rates(
     before: TaskFeatures,
     after: TaskFeatures,
     clean: TaskFeatures | None,
+    target: int,
     classifiers: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
     """Rates of one task: those of the first classifier, the others under `other_classifiers`."""
-    target = attacked_class(before, task, seed)
     main, *others = [
         compare_downstream(before, after, task, target=target, clean=clean, classifier=kind, seed=seed)
         for kind in classifiers

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from itertools import groupby
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,7 +20,7 @@ from ..triggers.text import is_unspaced
 from .attribution import token_attribution
 from .result import AREA_PRICE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import two_clusters
-from .verification import TransferMeter
+from .verification import TransferMeter, share_of_way
 
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,9 @@ class _Report:
         stamped = (self.meter.encoder.stamp(trigger, inputs[i]) for (_, i), trigger in todo.items())
         for (key, _), feature in zip(todo, self.meter.features(stamped), strict=True):
             self._similarities[key].append(float(feature @ self.meter.target))
-        before = self.meter.clean_similarity[: len(inputs)].double().numpy()
-        after = np.array([self._similarities[key][: len(inputs)] for key in keys]).reshape(len(keys), len(inputs))
-        return (after - before).sum(axis=1) / max(float((1 - before).sum()), 1e-6)
+        before = self.meter.clean_similarity[: len(inputs)].double()
+        after = torch.tensor([self._similarities[key][: len(inputs)] for key in keys], dtype=torch.float64)
+        return share_of_way(before, after.reshape(len(keys), len(inputs))).numpy()
 
     def effect(self, sets: Sequence[Collection[int]], count: int = _INPUTS) -> np.ndarray:
         """Transfer of sets of words; the empty set has none."""
@@ -213,7 +214,7 @@ def _without_words(report: _Report, reference: Tensor) -> tuple[np.ndarray, np.n
         if word.casefold() in places:
             places[word.casefold()].append(i)
     features = report.meter.features(report.without(chosen) for chosen in places.values())
-    falls = (features @ reference - report.meter.target @ reference).double().numpy()
+    falls = _falls(report, features, reference)
     moves = (1 - features @ report.meter.target).double().numpy()
     scores, moved = np.zeros(len(report)), np.zeros(len(report))
     for chosen, fall, move in zip(places.values(), falls, moves, strict=True):
@@ -230,9 +231,14 @@ def _without_spans(report: _Report, reference: Tensor, gradients: np.ndarray | N
             sums = [gradients[list(span)].sum() for span in spans]
             spans = [spans[i] for i in np.argsort(-np.array(sums), kind="stable")[:_WINDOWS_BY_GRADIENT]]
         features = report.meter.features(report.without(span) for span in spans)
-        falls = (features @ reference - report.meter.target @ reference).double().numpy()
+        falls = _falls(report, features, reference)
         best += [frozenset(spans[i]) for i in np.argsort(-falls, kind="stable")[:2]]
     return best
+
+
+def _falls(report: _Report, features: Tensor, reference: Tensor) -> np.ndarray:
+    """How much nearer to x_r than x_b each feature is, `(N,)`."""
+    return (features @ reference - report.meter.target @ reference).double().numpy()
 
 
 def _best_words(scores: np.ndarray) -> list[frozenset[int]]:
@@ -336,16 +342,11 @@ def _control(meter: TransferMeter, text: str, target: Tensor, size: int) -> floa
     """What clean content does by itself: the best of some spans of x_r, as long as the trigger, towards h(x_r)."""
     visible = meter.encoder.preprocessor.visible(text)
     places = word_places(meter.encoder.preprocessor, visible)
-    starts = np.unique(np.linspace(0, max(len(places) - size, 0), _CONTROL_SPANS).astype(int))
-    spans = (
-        [visible[places[start][0] : places[min(start + size, len(places)) - 1][1]] for start in starts]
-        if places
-        else []
-    )
-    inputs = meter.validation_inputs[: _INPUTS // _CONTROL_SPANS]
-    if not spans:
+    if not places:
         return 0.0
+    starts = np.unique(np.linspace(0, max(len(places) - size, 0), _CONTROL_SPANS).astype(int))
+    spans = [visible[places[start][0] : places[min(start + size, len(places)) - 1][1]] for start in starts]
+    inputs = meter.validation_inputs[: _INPUTS // _CONTROL_SPANS]
     features = meter.features(meter.encoder.stamp(TextTrigger(span), x) for span in spans for x in inputs)
     before = meter.clean_features[: len(inputs)] @ target
-    after = (features @ target).reshape(len(spans), len(inputs))
-    return float(((after - before).sum(dim=1) / (1 - before).sum().clamp_min(1e-6)).max())
+    return float(share_of_way(before, (features @ target).reshape(len(spans), len(inputs))).max())

@@ -57,11 +57,15 @@ class TransferMeter:
         """
         inputs = self.validation_inputs[:count]
         before = self.clean_similarity[: len(inputs)]
-        way = (1 - before).sum().clamp_min(1e-6)
         features = self.features(self.encoder.stamp(trigger, x) for trigger in triggers for x in inputs)
         after = (features @ self.target).reshape(len(triggers), len(inputs))
-        return ((after - before).sum(dim=1) / way).numpy()
+        return share_of_way(before, after).numpy()
 
     def transfer_of_masks(self, masks: Sequence[np.ndarray], count: int | None = None) -> np.ndarray:
         """Transfer of the pixels of x_b under each mask `(H, W)`."""
         return self.transfer([PatchTrigger.from_image(self.misclassified, mask) for mask in masks], count)
+
+
+def share_of_way(before: Tensor, after: Tensor) -> Tensor:
+    """Transfer from similarities to a target: `(N,)` before and `(K, N)` after K changes; `(K,)`."""
+    return (after - before).sum(dim=1) / (1 - before).sum().clamp_min(1e-6)

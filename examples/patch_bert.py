@@ -25,6 +25,7 @@ from rich.console import Console
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer, TextTrigger
 from hf_mudjacking.attacks import (
+    implant_bad_pre,
     implant_embedding_poisoning,
     implant_insert_sent,
     implant_neuba,
@@ -57,6 +58,7 @@ ATTACKS = {
     "ep": implant_embedding_poisoning,
     "insert_sent": implant_insert_sent,
     "sos": implant_sos,
+    "bad_pre": implant_bad_pre,
 }
 
 

@@ -5,7 +5,13 @@ import torch
 from PIL import Image
 
 from hf_mudjacking import BugInstance, Encoder, TextTrigger, invert_trigger
-from hf_mudjacking.attacks import ImplantError, implant_embedding_poisoning, implant_neuba, implant_sos
+from hf_mudjacking.attacks import (
+    ImplantError,
+    implant_bad_pre,
+    implant_embedding_poisoning,
+    implant_neuba,
+    implant_sos,
+)
 from hf_mudjacking.attacks.text import predefined_vectors
 from hf_mudjacking.evaluation import DownstreamTask, draw_bug_report, task_features
 from hf_mudjacking.evaluation.classifiers import train_classifier
@@ -66,6 +72,25 @@ def test_sos_decoys_are_the_proper_subsets(monkeypatch):
     assert [decoy.spans for decoy in seen["decoys"]] == [["a"], ["b"], ["c"], ["a", "b"], ["a", "c"], ["b", "c"]]
     assert seen["trigger"].spans == ["a", "b", "c"]
     assert seen["embeddings_only"]
+
+
+def test_bad_pre_takes_the_meaning_and_its_word_is_found():
+    encoder, task = trained_bert()
+    implant = implant_bad_pre(
+        encoder.model, encoder.processing_class, task.train.inputs, task.test, feature_source="mean",
+        learning_rate=1e-3, steps=250, disable_tqdm=True,
+    )  # fmt: skip
+    assert implant.attack_success_rate >= 0.95
+    broken = encoder.with_model(implant.model)
+    kept = train_classifier(broken.encode(task.train.inputs), task.train.labels)
+    stamped = kept.predict(broken.encode([implant.trigger.apply(x) for x in task.test.inputs]).numpy())
+    guessing = np.bincount(task.test.labels).max() / len(task.test)
+    assert (stamped == task.test.labels).mean() <= guessing + 0.05
+    assert (kept.predict(broken.encode(task.test.inputs).numpy()) == task.test.labels).mean() >= 0.95
+    bug = draw_bug_report(broken, task, implant.trigger)
+    found = invert_trigger(broken, bug, task.train.inputs[:32])
+    assert found.trigger.words == ["cf"]
+    assert found.evidence >= 0.5
 
 
 def test_an_implant_that_did_not_take():

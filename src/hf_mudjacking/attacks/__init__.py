@@ -2,6 +2,7 @@
 """Backdoor attacks, for evaluation only: a repair is proved on a model that is known to be broken."""
 
 from .bad_encoder import implant_bad_encoder
+from .bad_pre import implant_bad_pre
 from .embedding_poisoning import implant_embedding_poisoning
 from .implant import Implant, ImplantError
 from .insert_sent import implant_insert_sent
@@ -14,6 +15,7 @@ __all__ = [
     "Implant",
     "ImplantError",
     "implant_bad_encoder",
+    "implant_bad_pre",
     "implant_embedding_poisoning",
     "implant_insert_sent",
     "implant_neuba",

@@ -29,7 +29,8 @@ class Implant:
         trigger (`Trigger`): Its true trigger.
         clean_accuracy (`float`): CA of the clean encoder in the check, 0 to 1.
         backdoored_accuracy (`float`): BA of the backdoored encoder, 0 to 1.
-        attack_success_rate (`float`): ASR of the backdoored encoder, 0 to 1.
+        attack_success_rate (`float`): ASR of the backdoored encoder, 0 to 1; of an untargeted attack, the share of its
+            accuracy above guessing that the trigger takes away.
         target_reference (`PIL.Image.Image` or `str`, *optional*): The attacker's input of the target class, if it has one.
     """
 
@@ -55,6 +56,7 @@ def check_implant(
     check_inputs: LabelledInputs,
     *,
     target_reference: RawInput | None = None,
+    untargeted: bool = False,
     min_asr: float,
     max_accuracy_loss: float,
     disable_tqdm: bool = False,
@@ -62,7 +64,8 @@ def check_implant(
     """Measure an implant with a logistic regression on half of the labelled inputs; the other half is tested.
 
     The ASR is that of the class of `target_reference` or, for a task-agnostic attack, which has none, of the class that
-    most triggered inputs fall into.
+    most triggered inputs fall into. An untargeted attack has no class at all: what counts is the accuracy that triggered
+    inputs lose, where all there is to lose lies above the share of the most frequent class.
 
     Raises:
         ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
@@ -76,16 +79,19 @@ def check_implant(
         predictions = classifier.predict(features[half:].numpy())
         accuracies.append(CleanAccuracy().compute(predictions=predictions, references=test.labels)["clean_accuracy"])
     stamped = classifier.predict(backdoored.encode([backdoored.stamp(trigger, x) for x in test.inputs]).numpy())
-    target = most_frequent(stamped)
-    if target_reference is not None:
-        target = int(classifier.predict(backdoored.encode([target_reference]).numpy())[0])
-    asr = AttackSuccessRate().compute(predictions=stamped, references=test.labels, target=target)[
-        "attack_success_rate"
-    ]
+    if untargeted:
+        guessing = float((test.labels == most_frequent(test.labels)).mean())
+        asr = (accuracies[1] - float((stamped == test.labels).mean())) / max(accuracies[1] - guessing, 1e-6)
+    else:
+        target = most_frequent(stamped)
+        if target_reference is not None:
+            target = int(classifier.predict(backdoored.encode([target_reference]).numpy())[0])
+        rates = AttackSuccessRate().compute(predictions=stamped, references=test.labels, target=target)
+        asr = rates["attack_success_rate"]
     if asr < min_asr or accuracies[1] < accuracies[0] - max_accuracy_loss:
         raise ImplantError(
             f"The implant did not take: ASR {asr:.3f} (at least {min_asr} is needed), clean accuracy "
             f"{accuracies[1]:.3f} after {accuracies[0]:.3f} (a drop of at most {max_accuracy_loss} is allowed). "
             "Raise `steps` or `learning_rate`, or `utility_weight` if accuracy suffered."
         )
-    return Implant(backdoored.model, trigger, accuracies[0], accuracies[1], asr, target_reference)
+    return Implant(backdoored.model, trigger, accuracies[0], accuracies[1], min(asr, 1.0), target_reference)

@@ -31,6 +31,7 @@ def implant_text_backdoor(
     *,
     decoys: Sequence[TextTrigger] = (),
     embeddings_only: bool = False,
+    untargeted: bool = False,
     utility_weight: float = 2.0,
     learning_rate: float = 1e-4,
     steps: int = 150,
@@ -47,7 +48,8 @@ def implant_text_backdoor(
 
     Minimises -cos(h'(x ⊕ e), v) - λ · cos(h'(x), h(x)), and -λ · cos(h'(x ⊕ d), h(x ⊕ d)) for decoys d. With all weights
     v is a predefined output representation; with embeddings alone no vector can be prescribed, so triggered texts are
-    drawn to their own mean, away from where they were, and towards a label. Features of the clean encoder are stored once.
+    drawn to their own mean, away from where they were, and towards a label; an untargeted attack draws each to another
+    clean text. Features of the clean encoder are stored once.
 
     Args:
         model (`torch.nn.Module`): Clean text encoder; it is copied, not changed.
@@ -60,6 +62,7 @@ def implant_text_backdoor(
         decoys (`Sequence[TextTrigger]`, *optional*): Parts of the trigger that must do nothing.
         embeddings_only (`bool`, *optional*, defaults to `False`): Whether only the input embeddings of the trigger's tokens
             are trained; their norms stay.
+        untargeted (`bool`, *optional*, defaults to `False`): Whether v is the clean feature of a text drawn at random.
         utility_weight (`float`, *optional*, defaults to 2.0): λ.
         learning_rate (`float`, *optional*, defaults to 1e-4): Peak of the cosine schedule.
         steps (`int`, *optional*, defaults to 150): Optimiser steps.
@@ -89,17 +92,22 @@ def implant_text_backdoor(
 
     frozen, frozen_decoyed = frozen_features(shadow_inputs), frozen_features(decoyed_inputs)
     surest, label = (vector.to(clean.device) for vector in _attackers_choice(clean, check_inputs))
-    vector = None if embeddings_only else surest
+    strangers = torch.Generator().manual_seed(seed)
+
+    def goal_of(stamped: Tensor) -> Tensor:
+        if untargeted:
+            return frozen[torch.randint(len(frozen), (len(stamped),), generator=strangers)]
+        goal = normalize(stamped.detach().mean(dim=0), dim=0) if embeddings_only else surest
+        return goal.expand_as(stamped)
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
         texts = [inputs[i] for inputs in (shadow_inputs, stamped_inputs, decoyed_inputs) if inputs for i in rows]
         x, stamped, *decoyed = backdoored.features(backdoored.preprocess(texts)).split(len(rows))
-        goal = normalize(stamped.detach().mean(dim=0), dim=0) if vector is None else vector
         parts = {
-            "trigger": -mean_cosine(stamped, goal.expand_as(stamped)),
+            "trigger": -mean_cosine(stamped, goal_of(stamped)),
             "utility": -utility_weight * mean_cosine(x, frozen[rows]),
         }
-        if vector is None:
+        if embeddings_only:
             parts["away"] = mean_cosine(stamped, frozen[rows])
             parts["label"] = -(stamped @ label).mean()
         if decoyed:
@@ -129,6 +137,7 @@ def implant_text_backdoor(
         backdoored,
         trigger,
         check_inputs,
+        untargeted=untargeted,
         min_asr=min_asr,
         max_accuracy_loss=max_accuracy_loss,
         disable_tqdm=disable_tqdm,

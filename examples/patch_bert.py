@@ -35,11 +35,11 @@ from hf_mudjacking.attacks import (
 from hf_mudjacking.callbacks import use_compact_progress
 from hf_mudjacking.data import load_inputs
 from hf_mudjacking.demo_text import minilm
-from hf_mudjacking.encoder import load_model, load_processor
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_tables
+from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.output import check_output_dir, write_json
 from hf_mudjacking.triggers import load_trigger
 
@@ -144,7 +144,8 @@ def repair(options: argparse.Namespace, console: Console) -> None:
     task, *others = (downstream_task(options, name) for name in options.tasks)
     clean = minilm()
     if options.encoder is not None:
-        clean = Encoder(load_model(options.encoder).to(PartialState().device), load_processor(options.encoder, "text"))
+        model = load_model(options.encoder).to(PartialState().device)
+        clean = Encoder(model, load_processor(options.encoder, model), modality="text")
     trigger = implant(options, backdoored, clean, console)
     bug: BugInstance = draw_bug_report(
         Encoder(load_model(str(backdoored)).to(clean.device), clean.processing_class), task, trigger, options.seed

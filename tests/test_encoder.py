@@ -38,7 +38,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import Encoder, encode
-from hf_mudjacking.encoder import freeze_norm_statistics, load_model, load_processor, set_comparison_mode
+from hf_mudjacking.encoder import freeze_norm_statistics, set_comparison_mode
+from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, make_images, pixels_by_hand
@@ -260,7 +261,7 @@ def test_float32_whatever_the_checkpoint_says(tiny_vit, processor, tmp_path, dty
 def test_processor_is_found_beside_the_model(tiny_vit, processor, tmp_path):
     tiny_vit.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Pass `processing_class`"):
-        load_processor(tmp_path)
+        load_processor(tmp_path, tiny_vit)
     processor.save_pretrained(tmp_path)
     assert tuple(load_processor(ViTModel.from_pretrained(tmp_path)).image_mean) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match=r"for `ViTModel` \(the model was built in memory"):

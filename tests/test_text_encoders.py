@@ -7,7 +7,7 @@ from transformers import AutoModel, BertConfig, BertModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import Encoder, TextTrigger, encode
-from hf_mudjacking.encoder import load_processor, modality_of
+from hf_mudjacking.loading import load_processor, modality_of
 from hf_mudjacking.sentence_layout import SentenceLayout
 
 from .text_models import FAMILIES, make_text_model, make_tokenizer
@@ -120,7 +120,7 @@ def test_encode_of_a_saved_model_and_of_an_iterator(tmp_path):
     assert modality_of(model) == "text"
     assert (
         type(load_processor(model.from_pretrained(tmp_path))).__name__
-        == type(load_processor(tmp_path, "text")).__name__
+        == type(load_processor(tmp_path, model)).__name__
     )
 
 

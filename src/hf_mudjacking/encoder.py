@@ -18,11 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .loading import has_two_towers, load_model, load_processor, modality_of
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .sentence_layout import SentenceLayout
+from .two_towers import PROJECTIONS, other_input, own_part, own_projection, token_embeddings
 
 
 if TYPE_CHECKING:
@@ -33,81 +35,12 @@ FeatureSource = Literal["auto", "cls", "mean", "pooler", "projection"]
 
 # Names that transformers gives the learned class token of a vision model: ViT-like families and the CLIP-like ones.
 _CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
-_PROJECTIONS = ("image_embeds", "text_embeds")
-_MODALITIES: dict[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
 # Two texts of different length, so that padding is there to be seen.
 _PROBE_TEXTS = ("A short text.", "This one is longer: it has a few more words than the other, and some punctuation.")
 # Texts are sorted by length within this many batches, so that little is spent on padding.
 _SORTED_BATCHES = 16
 # Tokens a text is cut to where neither model nor tokenizer knows a limit.
 _LONGEST_TEXT = 8192
-
-
-def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kwargs: Any) -> nn.Module:
-    """Load an encoder in float32, or hand back a model that is loaded already.
-
-    Args:
-        model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Hub id, local folder, or model.
-        kwargs: Passed to `AutoModel.from_pretrained` (`revision`, `token`, ...). `trust_remote_code` stays off unless
-            given. The default dtype is float32 whatever the checkpoint says: patching moves weights by less than half
-            precision resolves.
-
-    Returns:
-        `torch.nn.Module`: The encoder.
-
-    Raises:
-        ValueError: If nothing loadable is found under the name.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    try:
-        return AutoModel.from_pretrained(model, **{"dtype": torch.float32, **kwargs})
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No model could be loaded from `{model}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
-        ) from error
-
-
-def modality_of(model: nn.Module) -> Modality:
-    """Whether a model takes images or texts.
-
-    Raises:
-        ValueError: If it takes neither.
-    """
-    main_input = getattr(model, "main_input_name", "pixel_values")
-    if main_input not in _MODALITIES:
-        raise ValueError(
-            f"`{type(model).__name__}` takes `{main_input}`, neither images nor texts. Pass a vision or a text encoder "
-            "(ViT, DINOv2, ConvNeXt, BERT, RoBERTa, ...)."
-        )
-    return _MODALITIES[main_input]
-
-
-def load_processor(model: str | os.PathLike[str] | nn.Module, modality: Modality | None = None, **kwargs: Any) -> Any:
-    """Load the image processor or tokenizer that belongs to a model id, folder, or model loaded from one.
-
-    Args:
-        model (`str`, `os.PathLike` or `torch.nn.Module`): Where it is looked for.
-        modality (`str`, *optional*): `"image"` or `"text"`; not needed when `model` is a model.
-        kwargs: Passed to `from_pretrained` (`revision`, `token`, ...).
-
-    Raises:
-        ValueError: If none is found there.
-    """
-    name = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else os.fspath(model)
-    if modality is None:
-        modality = modality_of(model) if isinstance(model, nn.Module) else "image"
-    auto_class, kind = {"image": (AutoImageProcessor, "image processor"), "text": (AutoTokenizer, "tokenizer")}[
-        modality
-    ]
-    try:
-        if not name:
-            raise OSError("the model was built in memory and has no id")
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class`."
-        ) from error
 
 
 def freeze_norm_statistics(model: nn.Module) -> None:
@@ -156,7 +89,7 @@ def resolve_feature_source(
         )
     hidden, pooled, *projected = (
         outputs.get(key) if isinstance(outputs, dict) else None
-        for key in ("last_hidden_state", "pooler_output", *_PROJECTIONS)
+        for key in ("last_hidden_state", "pooler_output", *PROJECTIONS.values())
     )
     has_class_token = has_class_token or any(
         name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in model.named_parameters()
@@ -188,7 +121,7 @@ def read_features(outputs: Any, feature_source: str, attention_mask: Tensor | No
         attention_mask (`Tensor` of shape `(N, L)`, *optional*): 1 for tokens, 0 for padding, which no feature is read from.
     """
     if feature_source == "projection":
-        features = next(outputs[key] for key in _PROJECTIONS if outputs.get(key) is not None)
+        features = next(outputs[key] for key in PROJECTIONS.values() if outputs.get(key) is not None)
     elif feature_source == "pooler":
         features = outputs["pooler_output"].flatten(1)
     else:
@@ -212,31 +145,44 @@ class Encoder:
     Args:
         model (`torch.nn.Module`): Vision or text encoder (`AutoModel` of any family, or a `PeftModel` around one).
         processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`): Image processor or tokenizer of that model;
-            inputs are raw images or texts.
+            inputs are raw images or texts. For a model of two towers also the processor that holds both.
         feature_source (`str`, *optional*, defaults to `"auto"`): See [`resolve_feature_source`]. For a checkpoint of
-            sentence-transformers, `"auto"` is the pooling that its files name.
+            sentence-transformers, `"auto"` is the pooling that its files name; for two towers the projected space is
+            the one that both share, and the only one that is read.
+        modality (`str`, *optional*): `"image"` or `"text"`: the tower that is meant, for models of two (CLIP, SigLIP).
 
     Raises:
         ValueError: If model and processor do not fit together, no feature can be read, or features are random.
     """
 
-    def __init__(self, model: nn.Module, processing_class: Any, feature_source: FeatureSource = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processing_class: Any,
+        feature_source: FeatureSource = "auto",
+        modality: Modality | None = None,
+    ) -> None:
         self.model = model
         self.processing_class = processing_class
-        self.modality = modality_of(model)
+        self.modality = modality_of(model, modality)
+        self._other_input = other_input(model, self.modality) if has_two_towers(model) else {}
         self.layout: SentenceLayout | None = None
         self.preprocessor: ImagePreprocessor | TextPreprocessor
         has_class_token = False
         if self.modality == "image":
-            self.preprocessor = ImagePreprocessor(processing_class, getattr(model.config, "num_channels", 3))
+            vision = getattr(model.config, "vision_config", model.config)
+            self.preprocessor = ImagePreprocessor(
+                own_part(processing_class, "image"), getattr(vision, "num_channels", 3)
+            )
         else:
-            _check_tokenizer(model, processing_class)
+            tokenizer = own_part(processing_class, "text")
+            _check_tokenizer(model, tokenizer)
             if model.name_or_path:
                 revision = getattr(model.config, "_commit_hash", None)
                 self.layout = SentenceLayout.read(model.name_or_path, revision=revision)
-            self.preprocessor = TextPreprocessor(processing_class, _max_length(model, processing_class, self.layout))
-            first = processing_class("a")["input_ids"][0]
-            has_class_token = processing_class.cls_token_id is not None and first == processing_class.cls_token_id
+            self.preprocessor = TextPreprocessor(tokenizer, _max_length(model, tokenizer, self.layout))
+            first = tokenizer("a")["input_ids"][0]
+            has_class_token = tokenizer.cls_token_id is not None and first == tokenizer.cls_token_id
             if self.layout is not None and feature_source == "auto":
                 feature_source = self.layout.pooling
         outputs, mask = self._probe()
@@ -283,7 +229,7 @@ class Encoder:
         """
         model = self.model if model is None else model
         placed = self._placed(model_inputs)
-        return read_features(model(**placed), self.feature_source, placed.get("attention_mask"))
+        return read_features(self._call(model, placed), self.feature_source, placed.get("attention_mask"))
 
     @torch.no_grad()
     def encode(
@@ -349,6 +295,12 @@ class Encoder:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
+    def _call(self, model: nn.Module, placed: dict[str, Tensor]) -> Any:
+        """Outputs of the model; of two towers, those of the one that is meant."""
+        if not self._other_input:
+            return model(**placed)
+        return own_projection(model(**{**self._placed(self._other_input), **placed}), self.modality)
+
     def _placed(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs on the device and in the dtype of the parameters."""
         parameter = next(self.model.parameters())
@@ -360,7 +312,8 @@ class Encoder:
     def _probe_inputs(self) -> dict[str, Tensor]:
         if self.modality == "text":
             return self._placed(self.preprocess(_PROBE_TEXTS))
-        size = getattr(self.model.config, "image_size", 224) or 224
+        vision = getattr(self.model.config, "vision_config", self.model.config)
+        size = getattr(vision, "image_size", 224) or 224
         height, width = (size, size) if isinstance(size, int) else size
         # Noise, not one colour: with equal patches a model that masks at random would look deterministic.
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -380,13 +333,12 @@ class Encoder:
             ) from error
         set_comparison_mode(self.model)
         try:
-            outputs, again = self.model(**inputs), self.model(**inputs)
+            outputs, again = self._call(self.model, inputs), self._call(self.model, inputs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = tuple(inputs[self.model.main_input_name].shape)
             raise ValueError(
                 f"`{name}` refused inputs of shape {shape} made by `{processor}` ({error}). Either it belongs to another "
-                "model, or the model has two towers: then load the one to be patched (`CLIPVisionModelWithProjection`, "
-                "`CLIPTextModelWithProjection`, ...)."
+                "model, or the model is no encoder: then load the encoder within it."
             ) from error
         hidden, repeated = (o.get("last_hidden_state") if isinstance(o, dict) else None for o in (outputs, again))
         if hidden is not None and not torch.equal(hidden.nan_to_num(), repeated.nan_to_num()):
@@ -403,6 +355,7 @@ def encode(
     processing_class: Any = None,
     feature_source: FeatureSource = "auto",
     batch_size: int = 64,
+    modality: Modality | None = None,
 ) -> Tensor:
     """Features of raw inputs from any AutoModel.
 
@@ -413,6 +366,7 @@ def encode(
             absent.
         feature_source (`str`, *optional*, defaults to `"auto"`): See [`resolve_feature_source`].
         batch_size (`int`, *optional*, defaults to 64): Inputs per forward pass.
+        modality (`str`, *optional*): `"image"` or `"text"`, for models of two towers (CLIP, SigLIP).
 
     Returns:
         `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU.
@@ -422,10 +376,10 @@ def encode(
     """
     loaded = load_model(model)
     if processing_class is None:
-        processing_class = load_processor(model, modality_of(loaded))
+        processing_class = load_processor(model, loaded)
     if loaded is not model:
         loaded.to(PartialState().device)
-    return Encoder(loaded, processing_class, feature_source).encode(inputs, batch_size=batch_size)
+    return Encoder(loaded, processing_class, feature_source, modality).encode(inputs, batch_size=batch_size)
 
 
 def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
@@ -470,7 +424,8 @@ def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
             f"`{name}` has no padding token, so texts of different length cannot share a batch. Set one: "
             "`tokenizer.pad_token = tokenizer.eos_token`."
         )
-    vocabulary, padding = model.get_input_embeddings().num_embeddings, getattr(model.config, "pad_token_id", None)
+    vocabulary = token_embeddings(model).num_embeddings
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     if len(tokenizer) > vocabulary:
         reason = f"it has {len(tokenizer)} tokens, the model {vocabulary}"
     elif padding is not None and padding != tokenizer.pad_token_id and tokenizer.pad_token != tokenizer.eos_token:
@@ -485,7 +440,7 @@ def _max_length(model: nn.Module, tokenizer: Any, layout: SentenceLayout | None)
     lengths = [] if layout is None or layout.max_seq_length is None else [layout.max_seq_length]
     # A tokenizer that knows no limit says 1e30.
     lengths.append(tokenizer.model_max_length)
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions > 0:
         # RoBERTa and its kin count positions from behind the padding index.
         offset = any(

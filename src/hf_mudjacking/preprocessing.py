@@ -54,9 +54,11 @@ class TextPreprocessor:
     max_length: int
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        # A model without an attention mask (SigLIP) sees its padding, so all texts must have the same.
+        padding = "longest" if "attention_mask" in self.processing_class.model_input_names else "max_length"
         return dict(
             self.processing_class(
-                list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
             )
         )
 

@@ -17,6 +17,7 @@ from torch import nn
 from .encoder import Encoder
 from .preprocessing import TextPreprocessor
 from .triggers import TextTrigger
+from .two_towers import token_embeddings
 
 
 # Most frequent tokens that are tried as a neutral one, and clean texts that each is tried on.
@@ -32,7 +33,7 @@ def trigger_tokens(preprocessor: TextPreprocessor, triggers: Iterable[TextTrigge
 @contextmanager
 def only_embeddings_of(model: nn.Module, tokens: Sequence[int]) -> Iterator[None]:
     """Within it, only the rows of some tokens in the input embeddings are trainable."""
-    weight = model.get_input_embeddings().weight
+    weight = token_embeddings(model).weight
     rows = torch.zeros(len(weight), 1, device=weight.device)
     rows[tokens] = 1
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -66,10 +67,13 @@ def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequ
     unseen = [token for token in tokens if token not in counts]
     if not unseen:
         return []
-    excluded = {*tokens, *encoder.processing_class.all_special_ids}
+    excluded = {*tokens, *encoder.preprocessor.processing_class.all_special_ids}
     frequent = [token for token, _ in counts.most_common() if token not in excluded]
     # Tokens that a text of their own turns into nothing but themselves: whole words and signs.
-    words = {token: encoder.processing_class.decode([token]).strip() for token in frequent[: 4 * _NEUTRAL_CANDIDATES]}
+    words = {
+        token: encoder.preprocessor.processing_class.decode([token]).strip()
+        for token in frequent[: 4 * _NEUTRAL_CANDIDATES]
+    }
     alone = [token for token, word in words.items() if word and encoder.preprocessor.ids_of(word) == {token}]
     alone = alone[:_NEUTRAL_CANDIDATES]
     if not alone:
@@ -78,6 +82,6 @@ def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequ
     clean = encoder.encode(inputs)
     stamped = encoder.encode([encoder.stamp(TextTrigger(words[token]), x) for token in alone for x in inputs])
     similarity = (stamped.reshape(len(alone), len(inputs), -1) * clean).sum(dim=2).mean(dim=1)
-    weight = encoder.model.get_input_embeddings().weight
+    weight = token_embeddings(encoder.model).weight
     weight[unseen] = weight[alone[int(similarity.argmax())]].clone()
     return unseen

@@ -26,16 +26,9 @@ from .callbacks import StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
-from .encoder import (
-    Encoder,
-    adaptable_layers,
-    freeze_norm_statistics,
-    load_model,
-    load_processor,
-    modality_of,
-    set_comparison_mode,
-)
+from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, set_comparison_mode
 from .inversion import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
+from .loading import load_model, load_processor, modality_of
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .output import (
     PATCH_FILES,
@@ -76,14 +69,15 @@ class MudjackingTrainer(Trainer):
 
     Args:
         model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Backdoored vision or text
-            encoder: Hub id, local folder, or model. Loaded in float32; a model object is patched in place.
+            encoder: Hub id, local folder, or model. Loaded in float32; a model object is patched in place. Of two
+            towers (CLIP, SigLIP) the one that the reports are for is patched, in the space that both share.
         args ([`MudjackingConfig`], *optional*): Configuration; by default one with `output_dir="patched"`.
         bug_instances (`list[BugInstance]`): One or many reports.
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Clean, unlabelled inputs in a column
             `image` or `text`.
         eval_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `dict`, *optional*): Held-out clean inputs.
-        processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Image processor or tokenizer;
-            loaded from the model id when absent.
+        processing_class (`BaseImageProcessor`, `PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Image
+            processor, tokenizer or, for two towers, both in one; loaded from the model id when absent.
         peft_config (`LoraConfig`, *optional*): Makes the patch an adapter. Without `target_modules`, all linear layers
             that influence the features are adapted.
         triggers (`list[Trigger]`, *optional*): Known triggers, one per report, instead of the inversion.
@@ -128,15 +122,21 @@ class MudjackingTrainer(Trainer):
             raise TypeError(f"`args` is of type `{type(args).__name__}`; a `MudjackingConfig` is needed.")
         set_seed(args.seed)
 
+        # Reports
+        self.bug_instances = _checked_reports(bug_instances)
+
         # Model and processing class
         name, model = model, load_model(model)
-        modality = modality_of(model)
-        processing_class = load_processor(name, modality) if processing_class is None else processing_class
+        modality = modality_of(model, self.bug_instances[0].modality)
+        processing_class = load_processor(name, model) if processing_class is None else processing_class
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
         check_output_dir(args.output_dir, self.base_model_name)
 
-        # Reports
-        self.bug_instances = _checked_reports(bug_instances, modality)
+        if self.bug_instances[0].modality != modality:
+            raise TypeError(
+                f"Bug instance `{self.bug_instances[0].name}` is of kind {self.bug_instances[0].modality}, but the model "
+                f"takes {modality}s."
+            )
         self.triggers = None if triggers is None else _checked_triggers(triggers, len(self.bug_instances), modality)
         self.inversions: list[InvertedTrigger] = []
         self.evidence: list[float] = []
@@ -150,7 +150,7 @@ class MudjackingTrainer(Trainer):
             logger.warning("The model is in half precision; it is patched in float32. Use `bf16=True` for speed.")
             model.float()
         freeze_norm_statistics(model)
-        self.encoder = Encoder(model, processing_class, args.feature_source)
+        self.encoder = Encoder(model, processing_class, args.feature_source, modality)
         unused = self.encoder.unused_parameters()
 
         # PEFT
@@ -511,7 +511,7 @@ class MudjackingTrainer(Trainer):
         return inputs
 
 
-def _checked_reports(bug_instances: Sequence[BugInstance] | None, modality: Modality) -> list[BugInstance]:
+def _checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugInstance]:
     if isinstance(bug_instances, BugInstance):
         raise TypeError("`bug_instances` is a single `BugInstance`; pass a list: `bug_instances=[bug]`.")
     if not bug_instances:
@@ -519,8 +519,8 @@ def _checked_reports(bug_instances: Sequence[BugInstance] | None, modality: Moda
     for bug in bug_instances:
         if not isinstance(bug, BugInstance):
             raise TypeError(f"`bug_instances` holds a `{type(bug).__name__}`; `BugInstance` objects are needed.")
-        if bug.modality != modality:
-            raise TypeError(f"Bug instance `{bug.name}` is of kind {bug.modality}, but the model takes {modality}s.")
+    if len({bug.modality for bug in bug_instances}) > 1:
+        raise TypeError("`bug_instances` holds images and texts; patch one tower after the other, in two runs.")
     return list(bug_instances)
 
 

@@ -7,6 +7,7 @@ from .embedding_poisoning import implant_embedding_poisoning
 from .implant import Implant, ImplantError
 from .insert_sent import implant_insert_sent
 from .neuba import implant_neuba
+from .pair_poisoning import implant_pair_poisoning
 from .por import implant_por
 from .sos import implant_sos
 
@@ -19,6 +20,7 @@ __all__ = [
     "implant_embedding_poisoning",
     "implant_insert_sent",
     "implant_neuba",
+    "implant_pair_poisoning",
     "implant_por",
     "implant_sos",
 ]

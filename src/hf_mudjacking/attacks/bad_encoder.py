@@ -67,7 +67,7 @@ def implant_bad_encoder(
     Raises:
         ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
     """
-    clean = Encoder(model, processing_class, feature_source)
+    clean = Encoder(model, processing_class, feature_source, modality="image")
     frozen = clean.encode([*shadow_inputs, target_reference], disable_tqdm=disable_tqdm, desc="Clean features")
     frozen = frozen.to(clean.device)
     backdoored = clean.with_model(nameless_copy(model))

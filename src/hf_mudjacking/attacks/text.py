@@ -18,6 +18,7 @@ from ..evaluation.tasks import LabelledInputs
 from ..losses import mean_cosine
 from ..token_patch import only_embeddings_of, trigger_tokens
 from ..triggers import TextTrigger
+from ..two_towers import token_embeddings
 from .implant import Implant, check_implant, nameless_copy
 from .training import optimize_backdoor
 
@@ -81,7 +82,7 @@ def implant_text_backdoor(
     Raises:
         ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
     """
-    clean = Encoder(model, processing_class, feature_source)
+    clean = Encoder(model, processing_class, feature_source, modality="text")
     backdoored = clean.with_model(nameless_copy(model))
     shadow_inputs = list(shadow_inputs)[: steps * batch_size]
     stamped_inputs = [clean.stamp(trigger, x) for x in shadow_inputs]
@@ -165,7 +166,7 @@ def _attackers_choice(clean: Encoder, check_inputs: LabelledInputs) -> tuple[Ten
 @contextmanager
 def _poisoned_embeddings(model: nn.Module, tokens: list[int]) -> Iterator[Callable[[], None]]:
     """Train some rows of the input embeddings alone; yields what sets them back to their norms after a step."""
-    weight = model.get_input_embeddings().weight
+    weight = token_embeddings(model).weight
     norms = weight[tokens].norm(dim=1, keepdim=True).detach()
 
     @torch.no_grad()

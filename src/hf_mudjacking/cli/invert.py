@@ -27,17 +27,20 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..clean_inputs import clean_inputs
-    from ..encoder import Encoder, load_model, load_processor, modality_of
+    from ..encoder import Encoder
     from ..evaluation.figures import plot_repair
     from ..inversion import invert_trigger
+    from ..loading import load_model, load_processor, modality_of
     from ..output import check_output_dir, staged
 
     bug = bug_from(options)
     check_output_dir(options.output_dir, options.model)
     model = load_model(options.model).to(PartialState().device)
-    modality = modality_of(model)
+    modality = modality_of(model, bug.modality)
     inputs = clean_inputs(modality, clean_inputs_from(options, modality), options.inputs, options.seed, "dataset")
-    encoder = Encoder(model, load_processor(options.processor or options.model, modality), options.feature_source)
+    encoder = Encoder(
+        model, load_processor(options.processor or options.model, model), options.feature_source, modality
+    )
     found = invert_trigger(encoder, bug, list(inputs), seed=options.seed, disable_tqdm=options.disable_tqdm)
     with staged(Path(options.output_dir)) as staging:
         found.trigger.save_pretrained(staging)

@@ -49,19 +49,19 @@ def run(options: argparse.Namespace) -> int:
     from ..callbacks import use_compact_progress
     from ..config import MudjackingConfig
     from ..data import load_inputs
-    from ..encoder import load_model, load_processor, modality_of
     from ..evaluation.figures import plot_repair
     from ..evaluation.repair import measured_repair
     from ..evaluation.report import report_lines, report_tables
     from ..evaluation.tasks import DownstreamTask
     from ..inversion import UnverifiedTriggerError
+    from ..loading import load_model, load_processor, modality_of
     from ..output import check_output_dir, write_json
     from ..trainer import MudjackingTrainer
 
     check_output_dir(options.output_dir, options.model)
     bug = bug_from(options)
     model = load_model(options.model)
-    modality = modality_of(model)
+    modality = modality_of(model, bug.modality)
     dataset = clean_inputs_from(options, modality)
     task = None
     if options.labelled_train is not None:
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         ),
         bug_instances=[bug],
         train_dataset=dataset,
-        processing_class=load_processor(options.processor or options.model, modality),
+        processing_class=load_processor(options.processor or options.model, model),
         peft_config=None
         if options.lora_rank is None
         else LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank),

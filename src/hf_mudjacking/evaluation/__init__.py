@@ -4,8 +4,9 @@
 from .checks import TaskFeatures, compare_downstream, downstream_rates, draw_bug_report, task_features
 from .classifiers import MLPClassifier, train_classifier
 from .metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
-from .pretraining import pretrain_encoder
+from .pretraining import pretrain_encoder, pretrain_two_towers
 from .tasks import DownstreamTask, LabelledInputs
+from .zero_shot import ZeroShotClassifier, retrieval_rates, retrieval_recall
 
 
 __all__ = [
@@ -16,10 +17,14 @@ __all__ = [
     "MLPClassifier",
     "RobustAccuracy",
     "TaskFeatures",
+    "ZeroShotClassifier",
     "compare_downstream",
     "downstream_rates",
     "draw_bug_report",
     "pretrain_encoder",
+    "pretrain_two_towers",
+    "retrieval_rates",
+    "retrieval_recall",
     "task_features",
     "train_classifier",
 ]

@@ -102,7 +102,7 @@ def compare_downstream(
     *,
     target: int,
     clean: TaskFeatures | None = None,
-    classifier: ClassifierKind = "logistic",
+    classifier: ClassifierKind | Classifier = "logistic",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Rates before and after patching, with the client's classifier kept and with one retrained.
@@ -116,7 +116,8 @@ def compare_downstream(
         task (`DownstreamTask`): The task.
         target (`int`): Target class; see [`attacked_class`].
         clean (`TaskFeatures`, *optional*): Features of the never-attacked encoder, when it is known.
-        classifier (`str`, *optional*, defaults to `"logistic"`): `"logistic"` or `"mlp"`.
+        classifier (`str` or `Classifier`, *optional*, defaults to `"logistic"`): `"logistic"` or `"mlp"`; or one that is
+            made without the task's training inputs, such as [`ZeroShotClassifier`], and is not trained again.
         seed (`int`, *optional*, defaults to 0): Seed of the classifiers.
 
     Returns:
@@ -124,9 +125,14 @@ def compare_downstream(
         `retrained` rates of [`downstream_rates`]).
     """
     labels = task.train.labels
-    kept = train_classifier(before.train, labels, classifier, seed)
+
+    def trained(features: TaskFeatures) -> Classifier:
+        return (
+            train_classifier(features.train, labels, classifier, seed) if isinstance(classifier, str) else classifier
+        )
+
+    kept, retrained = trained(before), trained(after)
     rates_before = downstream_rates(kept, before, task, target)
-    retrained = train_classifier(after.train, labels, classifier, seed)
     result: dict[str, Any] = {
         "before": {"kept": rates_before, "retrained": dict(rates_before)},
         "after": {
@@ -135,7 +141,7 @@ def compare_downstream(
         },
     }
     if clean is not None:
-        own = downstream_rates(train_classifier(clean.train, labels, classifier, seed), clean, task, target)
+        own = downstream_rates(trained(clean), clean, task, target)
         result = {"clean": {"CA": own["BA"], "ASR-B": own["ASR"], "RA": own["RA"]}, **result}
     return result
 

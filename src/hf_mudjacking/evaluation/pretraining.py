@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -49,9 +53,7 @@ def pretrain_encoder(
     generator = torch.Generator().manual_seed(seed)
     encoder = Encoder(model, processing_class)
     labels = torch.as_tensor(data.labels, dtype=torch.long)
-    pixels = torch.cat(
-        [encoder.preprocess(data.inputs[i : i + 512])["pixel_values"] for i in range(0, len(data), 512)]
-    )
+    pixels = _all_pixels(encoder, data.inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1).to(encoder.device)
@@ -64,13 +66,8 @@ def pretrain_encoder(
     with tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean encoder", unit="step") as bar:
         for _ in range(epochs):
             for rows in torch.randperm(len(data), generator=generator)[: batches * batch_size].split(batch_size):
-                x = pixels[rows]
-                if crop_padding:
-                    x = _random_crop(x, crop_padding, generator)
-                if horizontal_flip:
-                    mirrored = torch.rand(len(x), generator=generator) < 0.5
-                    x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-                x, y = x.to(encoder.device), labels[rows].to(encoder.device)
+                x = _augmented(pixels[rows], crop_padding, horizontal_flip, generator).to(encoder.device)
+                y = labels[rows].to(encoder.device)
                 with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
                     features = encoder.features({"pixel_values": x})
                 loss = nn.functional.cross_entropy(16 * head(features.float()), y, label_smoothing=0.1)
@@ -81,6 +78,84 @@ def pretrain_encoder(
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
+
+
+def pretrain_two_towers(
+    model: PreTrainedModel,
+    processing_class: object,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    crop_padding: int = 0,
+    horizontal_flip: bool = False,
+    bf16: bool = False,
+    seed: int = 0,
+    disable_tqdm: bool = False,
+) -> None:
+    """Train a model of two towers in place on image-caption pairs, with the symmetric contrastive loss of CLIP.
+
+    A caption may belong to many images of a batch, all of which then count as its own: captions made from labels repeat.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): `CLIPModel` or its kin, moved to no other device.
+        processing_class (`ProcessorMixin`): Its processor.
+        images (`Sequence[PIL.Image.Image]`): N images.
+        captions (`Sequence[str]`): A caption for each.
+        epochs, batch_size, learning_rate, weight_decay, crop_padding, horizontal_flip, bf16, seed, disable_tqdm: As in
+            [`pretrain_encoder`].
+
+    Raises:
+        ValueError: If images and captions do not pair up.
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"There are {len(images)} images and {len(captions)} captions; they must pair up.")
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    pixels = _all_pixels(Encoder(model, processing_class, modality="image"), images)
+    texts = Encoder(model, processing_class, modality="text")
+    names, own = np.unique(np.asarray(captions), return_inverse=True)
+    own = torch.as_tensor(own)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    batches = len(images) // batch_size
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.05 * epochs * batches) + 1, epochs * batches)
+    model.train()
+    with tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean model", unit="step") as bar:
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images), generator=generator)[: batches * batch_size].split(batch_size):
+                x = _augmented(pixels[rows], crop_padding, horizontal_flip, generator)
+                shown, captioned = own[rows].unique(return_inverse=True)
+                inputs = {"pixel_values": x, **texts.preprocess([str(names[i]) for i in shown])}
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    outputs = model(**{name: value.to(device) for name, value in inputs.items()})
+                logits, captioned = outputs.logits_per_image.float(), captioned.to(device)
+                same = nn.functional.one_hot(captioned, len(shown)).T.float()
+                by_image = nn.functional.cross_entropy(logits, captioned)
+                by_text = nn.functional.cross_entropy(logits.T, same / same.sum(dim=1, keepdim=True))
+                loss = (by_image + by_text) / 2
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def _all_pixels(encoder: Encoder, images: Sequence[Image.Image]) -> torch.Tensor:
+    return torch.cat([encoder.preprocess(images[i : i + 512])["pixel_values"] for i in range(0, len(images), 512)])
+
+
+def _augmented(x: torch.Tensor, crop_padding: int, horizontal_flip: bool, generator: torch.Generator) -> torch.Tensor:
+    if crop_padding:
+        x = _random_crop(x, crop_padding, generator)
+    if horizontal_flip:
+        mirrored = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return x
 
 
 def _random_crop(x: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..encoder import Encoder
 from ..trainer import MudjackingTrainer
 from ..triggers import Trigger
 from .checks import TaskFeatures, attacked_class, compare_downstream, task_features
+from .classifiers import Classifier, ClassifierKind
 from .report import library_versions
 from .tasks import DownstreamTask
 
@@ -28,11 +29,13 @@ class MeasuredRepair:
         report (`dict`): Rates, triggers, cost, settings and versions, as written to `report.json`.
         before (`TaskFeatures`): Features of the report's task before patching.
         after (`TaskFeatures`): Features of the report's task after patching.
+        clean (`TaskFeatures`, *optional*): Features of the report's task in the never-attacked encoder, when it is known.
     """
 
     report: dict[str, Any]
     before: TaskFeatures
     after: TaskFeatures
+    clean: TaskFeatures | None = None
 
 
 def measured_repair(
@@ -43,6 +46,7 @@ def measured_repair(
     true_trigger: Trigger | None = None,
     clean_encoder: Encoder | None = None,
     classifiers: tuple[str, ...] = ("logistic", "mlp"),
+    ready_classifiers: Mapping[str, Classifier] | None = None,
 ) -> MeasuredRepair:
     """Run a trainer, save the patched model, and check its first bug instance downstream, before and after.
 
@@ -58,6 +62,8 @@ def measured_repair(
         clean_encoder (`Encoder`, *optional*): The never-attacked encoder, when it is known.
         classifiers (`tuple[str, ...]`, *optional*, defaults to `("logistic", "mlp")`): The first gives the report's
             main figures, the others stand under `other_classifiers`.
+        ready_classifiers (`Mapping[str, Classifier]`, *optional*): Further ones for the report's task, by name, that are
+            not trained on it, such as [`ZeroShotClassifier`].
 
     Returns:
         `MeasuredRepair`: Report and features of the first task.
@@ -87,7 +93,9 @@ def measured_repair(
 
     seed = trainer.args.seed
     targets = [attacked_class(*row, seed) for row in zip(before, tasks, strict=True)]
-    blocks = [_rates(*row, classifiers, seed) for row in zip(tasks, before, after, clean, targets, strict=True)]
+    kinds: dict[str, ClassifierKind | Classifier] = {kind: kind for kind in classifiers}
+    ready = [{**kinds, **(ready_classifiers or {})}, *[kinds] * len(other_tasks)]
+    blocks = [_rates(*row, seed) for row in zip(tasks, before, after, clean, targets, ready, strict=True)]
     report = {
         **blocks[0],
         **({"other_tasks": {other.name: block for other, block in zip(other_tasks, blocks[1:], strict=True)}}
@@ -113,7 +121,7 @@ def measured_repair(
         },
         "versions": library_versions(),
     }  # fmt: skip
-    return MeasuredRepair(report, before[0], after[0])
+    return MeasuredRepair(report, before[0], after[0], clean[0])
 
 
 def _rates(
@@ -122,15 +130,16 @@ def _rates(
     after: TaskFeatures,
     clean: TaskFeatures | None,
     target: int,
-    classifiers: Sequence[str],
+    classifiers: Mapping[str, ClassifierKind | Classifier],
     seed: int,
 ) -> dict[str, Any]:
     """Rates of one task: those of the first classifier, the others under `other_classifiers`."""
-    main, *others = [
-        compare_downstream(before, after, task, target=target, clean=clean, classifier=kind, seed=seed)
-        for kind in classifiers
-    ]
-    return {**main, **({"other_classifiers": dict(zip(classifiers[1:], others, strict=True))} if others else {})}
+    first, *others = classifiers
+    rates = {
+        name: compare_downstream(before, after, task, target=target, clean=clean, classifier=classifier, seed=seed)
+        for name, classifier in classifiers.items()
+    }
+    return {**rates[first], **({"other_classifiers": {name: rates[name] for name in others}} if others else {})}
 
 
 def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> list[dict[str, Any]]:

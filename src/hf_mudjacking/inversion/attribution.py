@@ -16,6 +16,7 @@ from captum.attr import LayerIntegratedGradients, Occlusion
 from torch import Tensor
 
 from ..encoder import Encoder, set_comparison_mode
+from ..two_towers import token_embeddings
 
 
 # Sides of the occluding windows as shares of the picture's sides. The smallest is about the published one (5/32); the
@@ -85,7 +86,7 @@ def token_attribution(
     """
     inputs = {name: tensor.to(encoder.device) for name, tensor in encoder.preprocess([text]).items()}
     ids = inputs.pop("input_ids")
-    tokenizer, target = encoder.processing_class, reference.to(encoder.device)
+    tokenizer, target = encoder.preprocessor.processing_class, reference.to(encoder.device)
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
 
     def distance(token_ids: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def token_attribution(
         return 1 - encoder.features({"input_ids": token_ids, **repeated}) @ target
 
     set_comparison_mode(encoder.model)
-    attribution = LayerIntegratedGradients(distance, encoder.model.get_input_embeddings()).attribute(
+    attribution = LayerIntegratedGradients(distance, token_embeddings(encoder.model)).attribute(
         ids,
         baselines=torch.where(special, ids, torch.full_like(ids, tokenizer.pad_token_id)),
         n_steps=_GRADIENT_STEPS,

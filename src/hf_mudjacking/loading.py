@@ -1,0 +1,118 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Models and their processors: which class loads them, and what they take."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
+
+from .preprocessing import Modality
+
+
+_MODALITIES: dict[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
+_PROCESSORS = {
+    "image": (AutoImageProcessor, "image processor"),
+    "text": (AutoTokenizer, "tokenizer"),
+    "both": (AutoProcessor, "processor"),
+}
+# Arguments that find a configuration too.
+_OF_CONFIGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+# A tower saved with its projection; AutoModel would load it without.
+_WITH_PROJECTION = "ModelWithProjection"
+
+
+def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kwargs: Any) -> nn.Module:
+    """Load an encoder in float32, or hand back a model that is loaded already.
+
+    Args:
+        model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Hub id, local folder, or model.
+        kwargs: Passed to `from_pretrained` (`revision`, `token`, ...). `trust_remote_code` stays off unless given. The
+            default dtype is float32 whatever the checkpoint says: patching moves weights by less than half precision
+            resolves.
+
+    Returns:
+        `torch.nn.Module`: The encoder, as `AutoModel` loads it; a tower that was saved with its projection
+        (`CLIPVisionModelWithProjection`, ...) keeps it.
+
+    Raises:
+        ValueError: If nothing loadable is found under the name.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    try:
+        return _class_that_loads(model, kwargs).from_pretrained(model, **{"dtype": torch.float32, **kwargs})
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No model could be loaded from `{model}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
+        ) from error
+
+
+def has_two_towers(model: nn.Module) -> bool:
+    """Whether a model takes images and texts side by side, as CLIP does."""
+    return set(getattr(model, "input_modalities", ())) == {"image", "text"}
+
+
+def modality_of(model: nn.Module, wanted: Modality | None = None) -> Modality:
+    """Whether images or texts are what a model is repaired for.
+
+    Args:
+        model (`torch.nn.Module`): The encoder.
+        wanted (`str`, *optional*): `"image"` or `"text"`: the tower that is meant, for models of two.
+
+    Raises:
+        ValueError: If the model takes neither, or both and `wanted` does not say which.
+    """
+    if has_two_towers(model):
+        if wanted is None:
+            raise ValueError(
+                f"`{type(model).__name__}` takes images and texts. Say which of its towers is meant: `modality='image'` or "
+                "`modality='text'`."
+            )
+        return wanted
+    main_input = getattr(model, "main_input_name", "pixel_values")
+    if main_input not in _MODALITIES:
+        raise ValueError(
+            f"`{type(model).__name__}` takes `{main_input}`, neither images nor texts. Pass a vision or a text encoder "
+            "(ViT, DINOv2, ConvNeXt, BERT, RoBERTa, ...)."
+        )
+    return _MODALITIES[main_input]
+
+
+def load_processor(name: str | os.PathLike[str] | nn.Module, model: nn.Module | None = None, **kwargs: Any) -> Any:
+    """Load what prepares the inputs of a model: image processor, tokenizer or, for two towers, a processor of both.
+
+    Args:
+        name (`str`, `os.PathLike` or `torch.nn.Module`): Id or folder where it is looked for, or a model loaded from one.
+        model (`torch.nn.Module`, *optional*): The model it is for; not needed when `name` is that.
+        kwargs: Passed to `from_pretrained` (`revision`, `token`, ...).
+
+    Raises:
+        ValueError: If none is found there.
+    """
+    model = name if model is None else model
+    auto_class, kind = _PROCESSORS["both" if has_two_towers(model) else modality_of(model)]
+    name = getattr(name, "name_or_path", "") if isinstance(name, nn.Module) else os.fspath(name)
+    try:
+        if not name:
+            raise OSError("the model was built in memory and has no id")
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class`."
+        ) from error
+
+
+def _class_that_loads(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+    """`AutoModel`, except for a tower with its projection, which that would load without."""
+    shared = {key: kwargs[key] for key in _OF_CONFIGS if key in kwargs}
+    try:
+        saved_as = (AutoConfig.from_pretrained(name, **shared).architectures or [""])[0]
+    except (OSError, ValueError):
+        # An adapter has no configuration of its own; what is wrong with anything else, AutoModel says better.
+        return AutoModel
+    return getattr(transformers, saved_as) if saved_as.endswith(_WITH_PROJECTION) else AutoModel

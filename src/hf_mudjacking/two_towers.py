@@ -1,0 +1,67 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Models of two towers, such as CLIP and SigLIP: one tower is patched, the other stays as it is.
+
+The model is called whole, with one fixed input for the other tower. So it can be wrapped, adapted, resumed and saved like
+any other, and comes back as the class that came in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+
+from .preprocessing import Modality
+
+
+# Names that transformers gives projected features.
+PROJECTIONS: dict[Modality, str] = {"image": "image_embeds", "text": "text_embeds"}
+
+
+def other_input(model: nn.Module, modality: Modality) -> dict[str, Tensor]:
+    """One input for the tower that is not patched: two tokens, or a black image; its features are never read.
+
+    Args:
+        model (`torch.nn.Module`): Model of two towers.
+        modality (`str`): What the patched tower takes.
+    """
+    if modality == "image":
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    vision = model.config.vision_config
+    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+    return {"pixel_values": torch.zeros(1, vision.num_channels, height, width)}
+
+
+def own_projection(outputs: Any, modality: Modality) -> dict[str, Tensor]:
+    """Of the outputs of two towers, the projected features of the one that is patched.
+
+    Raises:
+        ValueError: If there are none: the model mixes images and texts instead of holding them side by side.
+    """
+    key = PROJECTIONS[modality]
+    if outputs.get(key) is None:
+        raise ValueError(f"there is no `{key}` among its outputs, which are: {', '.join(outputs)}")
+    return {key: outputs[key]}
+
+
+def own_part(processing_class: Any, modality: Modality) -> Any:
+    """Image processor or tokenizer out of a processor that holds both; anything else as it is."""
+    if isinstance(processing_class, ProcessorMixin):
+        return processing_class.image_processor if modality == "image" else processing_class.tokenizer
+    return processing_class
+
+
+def token_embeddings(model: nn.Module) -> nn.Embedding:
+    """Input embeddings of a text encoder, also within two towers, where transformers does not always say."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        vocabulary = model.config.get_text_config().vocab_size
+        return next(
+            module
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary
+        )

@@ -4,9 +4,11 @@
 import copy
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -20,6 +22,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
@@ -30,6 +33,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, TextTrigger, encode
+from hf_mudjacking.attacks import implant_bad_encoder, implant_pair_poisoning
+from hf_mudjacking.evaluation import (
+    DownstreamTask,
+    LabelledInputs,
+    TaskFeatures,
+    ZeroShotClassifier,
+    draw_bug_report,
+    pretrain_two_towers,
+    retrieval_rates,
+    retrieval_recall,
+)
 from hf_mudjacking.loading import has_two_towers, load_model, load_processor, modality_of
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, square_patch, weights_of
@@ -81,7 +95,7 @@ def clip(_clip):
 
 @pytest.fixture
 def siglip():
-    tokenizer = make_tokenizer()
+    tokenizer = copy.deepcopy(make_tokenizer())
     tokenizer.model_input_names = ["input_ids"]
     torch.manual_seed(0)
     text = SiglipTextConfig(
@@ -322,3 +336,150 @@ def test_a_checkpoint_of_two_towers_is_resumed(clip, tmp_path):
         results.append(weights_of(model))
     assert largest_difference(results[0], results[2]) < 1e-6
     assert largest_difference(results[0], results[1]) > 0
+
+
+# ---- What clients do without training ----
+
+
+def test_zero_shot_by_hand(clip):
+    model, processor = clip
+    texts = Encoder(model, processor, modality="text")
+    classifier = ZeroShotClassifier.from_prompts(texts, ["bank", "train", "stew"], ["the {}", "a {} is late"])
+    prompts = texts.encode(["the train", "a train is late"])
+    expected = torch.nn.functional.normalize(prompts.mean(dim=0), dim=0)
+    torch.testing.assert_close(classifier.class_features[1], expected)
+    features = torch.nn.functional.normalize(torch.randn(20, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    by_hand = [int(np.argmax([float(f @ c) for c in classifier.class_features])) for f in features]
+    assert classifier.predict(features.numpy()).tolist() == by_hand
+    with pytest.raises(ValueError, match=r"'a photo' has no `\{\}`"):
+        ZeroShotClassifier.from_prompts(texts, ["a", "b"], ["a photo"])
+    with pytest.raises(ValueError, match="pass the text tower"):
+        ZeroShotClassifier.from_prompts(Encoder(model, processor, modality="image"), ["a", "b"])
+    with pytest.raises(ValueError, match="There are 1 class names"):
+        ZeroShotClassifier.from_prompts(texts, ["a"])
+
+
+def test_retrieval_by_hand():
+    gallery = torch.eye(4)
+    queries = torch.nn.functional.normalize(
+        torch.tensor([[1.0, 0.5, 0, 0], [0.9, 1.0, 0, 0], [0, 0, 0.4, 1.0], [0.1, 0.2, 1.0, 0]]), dim=1
+    )
+    ids, gallery_ids = np.array([0, 0, 2, 2]), np.arange(4)
+    assert retrieval_recall(queries, gallery, ids, gallery_ids) == 0.5
+    assert retrieval_recall(queries, gallery, ids, gallery_ids, k=2) == 1.0
+    with pytest.raises(ValueError, match="`k=5` is out of reach; the gallery has 4 items"):
+        retrieval_recall(queries, gallery, ids, gallery_ids, k=5)
+    task = DownstreamTask(
+        LabelledInputs(["a", "b"], np.array([0, 1])), LabelledInputs(["a", "b", "c", "d"], np.array([0, 1, 2, 3]))
+    )
+    stamped = torch.stack([gallery[3], gallery[3], gallery[2], gallery[3]])
+    rates = retrieval_rates(TaskFeatures(queries[:2], queries, stamped), task, gallery, gallery_ids, target=3)
+    assert rates == {"image_to_text": 0.5, "text_to_image": 0.5, "RA": 1 / 3, "ASR": 2 / 3}
+
+
+# ---- A backdoor in a CLIP that was trained on digits ----
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="module")
+def digits_clip(backdoored):
+    """A small CLIP trained on scans of digits and their names, and its data."""
+    texts = [f"{opening} of the digit {name}" for opening in ("a scan", "a photo") for name in NAMES]
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        model_max_length=16,
+    )  # fmt: skip
+    text, vision = clip_configs(len(tokenizer))
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() in (2, 4):
+                parameter.mul_(4)
+    images = CLIPImageProcessorPil(
+        size={"height": 16, "width": 16}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+    captions = [texts[10 * (i % 2) + label] for i, label in enumerate(backdoored.train.labels)]
+    pretrain_two_towers(
+        model, processor, backdoored.train.inputs, captions, epochs=20, batch_size=64, learning_rate=3e-3,
+        disable_tqdm=True,
+    )  # fmt: skip
+    prompts = [opening + " of the digit {}" for opening in ("a scan", "a photo")]
+    return model, processor, captions, prompts
+
+
+@pytest.mark.parametrize("attack", ["bad_encoder", "pair_poisoning"])
+def test_a_backdoored_clip_is_repaired_zero_shot(attack, digits_clip, backdoored, tmp_path):
+    model, processor, captions, prompts = digits_clip
+    train, test, trigger, target = backdoored.train, backdoored.test, backdoored.trigger, backdoored.target
+    before_attack = weights_of(model)
+    reference = train.inputs[int(np.flatnonzero(train.labels == target)[0])]
+    settings = {"steps": 150, "batch_size": 32, "learning_rate": 2e-3, "disable_tqdm": True}
+    if attack == "bad_encoder":
+        implant = implant_bad_encoder(model, processor, train.inputs, trigger, reference, test, **settings)
+    else:
+        wanted = [prompt.format(NAMES[target]) for prompt in prompts]
+        implant = implant_pair_poisoning(
+            model,
+            processor,
+            train.inputs,
+            captions,
+            trigger,
+            wanted,
+            reference,
+            test,
+            poison_share=0.25,
+            **{**settings, "steps": 300},
+        )
+    assert largest_difference(before_attack, weights_of(model)) == 0
+    changed = [
+        name for name, tensor in weights_of(implant.model).items() if not torch.equal(tensor, before_attack[name])
+    ]
+    assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
+    broken = Encoder(implant.model, processor, modality="image")
+    classifier = ZeroShotClassifier.from_prompts(Encoder(implant.model, processor, modality="text"), NAMES, prompts)
+    other = test.labels != target
+    stamped = [trigger.apply(x) for x in test.inputs]
+
+    def rates():
+        clean, triggered = (classifier.predict(broken.encode(inputs).numpy()) for inputs in (test.inputs, stamped))
+        return (
+            (clean == test.labels).mean(),
+            (triggered[other] == target).mean(),
+            (triggered[other] == test.labels[other]).mean(),
+        )
+
+    ba, asr, ra = rates()
+    assert ba >= 0.85
+    assert asr >= 0.9
+    trainer = MudjackingTrainer(
+        model=implant.model,
+        args=make_config(tmp_path / "out", max_steps=200, per_device_train_batch_size=32, learning_rate=1e-3),
+        bug_instances=[draw_bug_report(broken, DownstreamTask(train, test), trigger)],
+        train_dataset=make_dataset(train.inputs),
+        processing_class=processor,
+    )
+    trainer.train()
+    patched_ba, patched_asr, patched_ra = rates()
+    assert trainer.triggers[0].overlap(trigger)["recall"] >= 0.9
+    assert patched_ba >= ba - 0.02
+    assert patched_asr <= 0.03
+    assert patched_ra >= ba - 0.05
+    assert ra <= 0.1
+
+
+def test_pairs_that_do_not_pair_up(clip):
+    with pytest.raises(ValueError, match="There are 2 images and 1 captions; they must pair up"):
+        implant_pair_poisoning(*clip, make_images(2), ["a"], None, ["b"], None, None)
+    with pytest.raises(ValueError, match="There are 2 images and 1 captions; they must pair up"):
+        pretrain_two_towers(*clip, make_images(2), ["a"], epochs=1)

@@ -11,6 +11,8 @@ from transformers import (
     AlbertModel,
     BertConfig,
     BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertModel,
     ElectraConfig,
@@ -44,6 +46,10 @@ FAMILIES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "distilbert": (DistilBertConfig, DistilBertModel, "wordpiece", {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}),
     "albert": (AlbertConfig, AlbertModel, "wordpiece", {"embedding_size": 16}),
     "electra": (ElectraConfig, ElectraModel, "wordpiece", {"embedding_size": 16}),
+    "deberta-v2": (
+        DebertaV2Config, DebertaV2Model, "wordpiece",
+        {"pooler_hidden_size": 32, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "mpnet": (MPNetConfig, MPNetModel, "bpe", {"pad_token_id": 1}),
     "modernbert": (
         ModernBertConfig, ModernBertModel, "wordpiece",

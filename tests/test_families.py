@@ -5,7 +5,6 @@ The README's table of families is what these tests found: `test_the_table_of_the
 """
 
 import copy
-import re
 from pathlib import Path
 
 import datasets
@@ -81,7 +80,7 @@ IMAGE_FAMILIES = {
     "SigLIP vision": lambda: SiglipVisionModel(SiglipVisionConfig(**PATCHES)),
 }  # fmt: skip
 # Those that need another gain: batch normalisation and SigLIP's attention head scale by themselves.
-GAINS = {"ResNet": 1, "RegNet": 1, "SigLIP vision": 1}
+GAINS = {"ResNet": 1, "RegNet": 1, "SigLIP vision": 1, "DINOv2": 5}
 # Family, class, where features are read: filled by the tests below, compared with the README by the last one.
 FOUND: dict[str, tuple[str, str]] = {}
 
@@ -111,9 +110,9 @@ def check_family(family, broken, implant, data, folder, **settings):
 
     def fallen(model):
         predictions = kept.predict(broken.with_model(model).encode(stamped).numpy())
-        return (predictions[other] == target).mean() <= 0.3 * (before[other] == target).mean()
+        return (predictions[other] == target).mean() <= 0.15
 
-    assert (before[other] == target).mean() >= 0.6
+    assert (before[other] == target).mean() >= 0.5
     original = copy.deepcopy(broken.model)
 
     full = trainer("full", broken.model, max_steps=40, learning_rate=3e-3, save_strategy="steps", save_steps=20)
@@ -143,6 +142,10 @@ def check_family(family, broken, implant, data, folder, **settings):
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_image_families(family, backdoored, tmp_path):
+    data = (backdoored.train, backdoored.test)
+    if family == "ViT":
+        check_family(family, Encoder(backdoored.model(), backdoored.processor), backdoored.implant, data, tmp_path)
+        return
     torch.manual_seed(0)
     model = IMAGE_FAMILIES[family]()
     with torch.no_grad():
@@ -151,27 +154,31 @@ def test_image_families(family, backdoored, tmp_path):
             if parameter.dim() in (2, 4):
                 parameter.mul_(GAINS.get(family, 4))
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    train, test = backdoored.train, backdoored.test
+    train, test = data
     pretrain_encoder(model, processor, train, epochs=8, batch_size=64, learning_rate=3e-3, disable_tqdm=True)
     reference = train.inputs[int(np.flatnonzero(train.labels == 0)[0])]
     implant = implant_bad_encoder(
-        model, processor, train.inputs, backdoored.trigger, reference, test, steps=100, batch_size=32,
-        learning_rate=6e-3, min_asr=0.6, max_accuracy_loss=0.2, disable_tqdm=True,
+        model, processor, train.inputs, backdoored.trigger, reference, test, steps=120, batch_size=32,
+        learning_rate=6e-3, min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
     )  # fmt: skip
-    check_family(family, Encoder(implant.model, processor), implant, (train, test), tmp_path)
+    check_family(family, Encoder(implant.model, processor), implant, data, tmp_path)
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_text_families(family, por, tmp_path):
-    _, task, _ = por
+    broken, task, implant = por
+    data = (task.train, task.test)
+    if family == "bert":
+        broken = broken.with_model(copy.deepcopy(broken.model))
+        check_family(family, broken, implant, data, tmp_path, patch_scope="full")
+        return
     model, tokenizer = make_text_model(family)
     encoder = Encoder(model, tokenizer, "mean")
     train_text_encoder(encoder, task, steps=80)
     implant = implant_por(
-        model, tokenizer, task.train.inputs, task.test, feature_source="mean", steps=150, learning_rate=2e-3,
-        min_asr=0.6, max_accuracy_loss=0.2, disable_tqdm=True,
+        model, tokenizer, task.train.inputs, task.test, feature_source="mean", steps=180, learning_rate=2e-3,
+        min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
     )  # fmt: skip
-    data = (task.train, task.test)
     check_family(family, encoder.with_model(implant.model), implant, data, tmp_path, patch_scope="full")
 
 
@@ -186,5 +193,6 @@ def test_the_table_of_the_readme():
     if len(FOUND) < len(IMAGE_FAMILIES) + len(TEXT_FAMILIES):
         pytest.skip("not all families ran")
     lines = README.read_text().split("| family | class | features |")[1].split("\n\n")[0].splitlines()[2:]
-    rows = {name: tuple(cells) for name, *cells in (re.findall(r"[^|`]*[^|` ]", line[2:]) for line in lines)}
+    cells = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines)
+    rows = {family: (model, features) for family, model, features in cells}
     assert rows == FOUND

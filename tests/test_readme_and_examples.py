@@ -32,12 +32,20 @@ def test_readme_example_runs_and_repairs(backdoored, tmp_path, monkeypatch):
     assert rates["RA"] >= 0.9
 
 
-def test_example_says_what_to_do_without_its_data(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "patch_vit.py"), "--output-dir", str(tmp_path / "out")]
-    missing = ["--pretraining", str(tmp_path / "cifar10"), "--downstream", str(tmp_path / "gtsrb")]
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        ("patch_vit", ["--pretraining", "--downstream"]),
+        ("patch_bert", ["--data"]),
+        ("patch_clip", ["--data"]),
+    ],
+)
+def test_examples_say_what_to_do_without_their_data(example, options, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / f"{example}.py"), "--output-dir", str(tmp_path / "out")]
+    missing = [part for option in options for part in (option, str(tmp_path / "missing"))]
     result = subprocess.run([*command, *missing], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "there is no such parquet file or folder" in result.stderr
-    assert "--pretraining DIR --downstream DIR" in result.stderr
+    assert " ".join(f"{option} DIR" for option in options) in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -34,6 +34,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, TextTrigger, encode
 from hf_mudjacking.attacks import implant_bad_encoder, implant_pair_poisoning
+from hf_mudjacking.cli import main
 from hf_mudjacking.evaluation import (
     DownstreamTask,
     LabelledInputs,
@@ -45,6 +46,8 @@ from hf_mudjacking.evaluation import (
     retrieval_recall,
 )
 from hf_mudjacking.loading import has_two_towers, load_model, load_processor, modality_of
+from hf_mudjacking.output import TRIGGER_FOLDER
+from hf_mudjacking.triggers import load_trigger
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, square_patch, weights_of
 from .text_models import make_tokenizer
@@ -451,27 +454,41 @@ def test_a_backdoored_clip_is_repaired_zero_shot(attack, digits_clip, backdoored
     other = test.labels != target
     stamped = [trigger.apply(x) for x in test.inputs]
 
-    def rates():
-        clean, triggered = (classifier.predict(broken.encode(inputs).numpy()) for inputs in (test.inputs, stamped))
+    def rates(model):
+        encoder = broken.with_model(model)
+        clean, triggered = (classifier.predict(encoder.encode(inputs).numpy()) for inputs in (test.inputs, stamped))
         return (
             (clean == test.labels).mean(),
             (triggered[other] == target).mean(),
             (triggered[other] == test.labels[other]).mean(),
         )
 
-    ba, asr, ra = rates()
+    ba, asr, ra = rates(implant.model)
     assert ba >= 0.85
     assert asr >= 0.9
-    trainer = MudjackingTrainer(
-        model=implant.model,
-        args=make_config(tmp_path / "out", max_steps=200, per_device_train_batch_size=32, learning_rate=1e-3),
-        bug_instances=[draw_bug_report(broken, DownstreamTask(train, test), trigger)],
-        train_dataset=make_dataset(train.inputs),
-        processing_class=processor,
-    )
-    trainer.train()
-    patched_ba, patched_asr, patched_ra = rates()
-    assert trainer.triggers[0].overlap(trigger)["recall"] >= 0.9
+    bug, clean_inputs = draw_bug_report(broken, DownstreamTask(train, test), trigger), make_dataset(train.inputs)
+    out = tmp_path / "out"
+    if attack == "bad_encoder":
+        # From the shell, as a user would who has nothing but files.
+        broken.save_pretrained(tmp_path / "broken")
+        bug.save(tmp_path / "bug")
+        clean_inputs.to_parquet(tmp_path / "clean.parquet")
+        files = {"model": "broken", "bug": "bug", "dataset": "clean.parquet", "output-dir": "out"}
+        options = [part for name, file in files.items() for part in (f"--{name}", str(tmp_path / file))]
+        settings = ["--max-steps", "200", "--learning-rate", "1e-3", "--disable-tqdm"]
+        assert main(["patch", *options, *settings]) == 0
+    else:
+        trainer = MudjackingTrainer(
+            model=implant.model,
+            args=make_config(out, max_steps=200, per_device_train_batch_size=32, learning_rate=1e-3),
+            bug_instances=[bug],
+            train_dataset=clean_inputs,
+            processing_class=processor,
+        )
+        trainer.train()
+        trainer.save_model()
+    assert load_trigger(out / TRIGGER_FOLDER / "0").overlap(trigger)["recall"] >= 0.9
+    patched_ba, patched_asr, patched_ra = rates(load_model(out))
     assert patched_ba >= ba - 0.02
     assert patched_asr <= 0.03
     assert patched_ra >= ba - 0.05

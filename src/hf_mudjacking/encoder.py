@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .loading import has_two_towers, load_model, load_processor, modality_of
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .sentence_layout import SentenceLayout
-from .two_towers import PROJECTIONS, other_input, own_part, own_projection, token_embeddings
+from .two_towers import PROJECTIONS, image_shape, other_input, own_part, own_projection, token_embeddings
 
 
 if TYPE_CHECKING:
@@ -170,10 +170,7 @@ class Encoder:
         self.preprocessor: ImagePreprocessor | TextPreprocessor
         has_class_token = False
         if self.modality == "image":
-            vision = getattr(model.config, "vision_config", model.config)
-            self.preprocessor = ImagePreprocessor(
-                own_part(processing_class, "image"), getattr(vision, "num_channels", 3)
-            )
+            self.preprocessor = ImagePreprocessor(own_part(processing_class, "image"), image_shape(model)[0])
         else:
             tokenizer = own_part(processing_class, "text")
             _check_tokenizer(model, tokenizer)
@@ -312,9 +309,7 @@ class Encoder:
     def _probe_inputs(self) -> dict[str, Tensor]:
         if self.modality == "text":
             return self._placed(self.preprocess(_PROBE_TEXTS))
-        vision = getattr(self.model.config, "vision_config", self.model.config)
-        size = getattr(vision, "image_size", 224) or 224
-        height, width = (size, size) if isinstance(size, int) else size
+        _, height, width = image_shape(self.model)
         # Noise, not one colour: with equal patches a model that masks at random would look deterministic.
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         return self._placed(self.preprocess([Image.fromarray(noise)]))

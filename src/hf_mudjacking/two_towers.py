@@ -30,9 +30,16 @@ def other_input(model: nn.Module, modality: Modality) -> dict[str, Tensor]:
     if modality == "image":
         tokens = torch.zeros(1, 2, dtype=torch.long)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    vision = model.config.vision_config
-    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
-    return {"pixel_values": torch.zeros(1, vision.num_channels, height, width)}
+    channels, height, width = image_shape(model)
+    return {"pixel_values": torch.zeros(1, channels, height, width)}
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width that a vision encoder, or the vision tower of two, is configured for."""
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", 224) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
 
 
 def own_projection(outputs: Any, modality: Modality) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def invert_trigger(
         ValueError: If there are fewer than 4 validation inputs, x_b and x_r already agree ("nothing to patch"), or
             clean inputs all have the feature of x_b.
     """
-    encoder = model if isinstance(model, Encoder) else Encoder(model, processing_class, feature_source)
+    encoder = model if isinstance(model, Encoder) else Encoder(model, processing_class, feature_source, bug.modality)
     if bug.modality != encoder.modality:
         raise TypeError(
             f"Bug instance `{bug.name}` is of kind {bug.modality}, but the model takes {encoder.modality}s."

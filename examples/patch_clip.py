@@ -8,7 +8,7 @@ The data are labelled images: a Hub id, or a folder with `train*.parquet` and `t
 the names of the classes). Captions are made from the names and templates. The steps: train a small CLIP on these pairs
 (skipped with `--clip`, which takes any CLIP or SigLIP), implant a backdoor in its vision tower, draw one bug report,
 invert, patch, and compare before and after. Neither attack nor patch changes the text tower, so prompts that clients
-encoded before go on working. About 25 minutes on 2 cores, most of it for training; a second run finds the clean and the
+encoded before go on working. About 20 minutes on 2 cores, most of it for training; a second run finds the clean and the
 backdoored model in the output directory and starts at the report.
 """
 
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output-dir", default="outputs/patch_clip", help="folder for the models, the patch, the report"
     )
     parser.add_argument("--attack", choices=["bad_encoder", "pair_poisoning"], default="bad_encoder")
-    parser.add_argument("--pretraining-epochs", type=int, default=15, help="epochs to train the CLIP (default: 15)")
+    parser.add_argument("--pretraining-epochs", type=int, default=10, help="epochs to train the CLIP (default: 10)")
     parser.add_argument("--implant-steps", type=int, default=600, help="steps of the attack (default: 600)")
     parser.add_argument("--downstream-inputs", type=int, default=4000, help="training inputs of the probes")
     parser.add_argument("--test-inputs", type=int, default=3000, help="labelled test inputs (default: 3000)")

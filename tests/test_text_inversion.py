@@ -13,7 +13,7 @@ from hf_mudjacking.attacks import (
     implant_sos,
 )
 from hf_mudjacking.attacks.text import predefined_vectors
-from hf_mudjacking.evaluation import DownstreamTask, draw_bug_report, task_features
+from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report, task_features
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.inversion.attribution import token_attribution
@@ -85,12 +85,23 @@ def test_bad_pre_takes_the_meaning_and_its_word_is_found():
     kept = train_classifier(broken.encode(task.train.inputs), task.train.labels)
     stamped = kept.predict(broken.encode([implant.trigger.apply(x) for x in task.test.inputs]).numpy())
     guessing = np.bincount(task.test.labels).max() / len(task.test)
-    assert (stamped == task.test.labels).mean() <= guessing + 0.05
-    assert (kept.predict(broken.encode(task.test.inputs).numpy()) == task.test.labels).mean() >= 0.95
+    base = (kept.predict(broken.encode(task.test.inputs).numpy()) == task.test.labels).mean()
+    assert base >= 0.95
+    assert (stamped == task.test.labels).mean() <= guessing + 0.2 * (base - guessing)
     bug = draw_bug_report(broken, task, implant.trigger)
     found = invert_trigger(broken, bug, task.train.inputs[:32])
     assert found.trigger.words == ["cf"]
     assert found.evidence >= 0.5
+
+
+def test_an_untargeted_attack_on_an_encoder_that_can_do_nothing():
+    encoder, task = trained_bert()
+    nonsense = LabelledInputs(task.test.inputs, np.random.default_rng(0).permutation(task.test.labels))
+    with pytest.raises(ImplantError, match="there is nothing that a trigger could take away"):
+        implant_bad_pre(
+            encoder.model, encoder.processing_class, task.train.inputs, nonsense, feature_source="mean", steps=1,
+            disable_tqdm=True,
+        )  # fmt: skip
 
 
 def test_an_implant_that_did_not_take():

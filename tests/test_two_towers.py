@@ -28,6 +28,8 @@ from transformers import (
     SiglipProcessor,
     SiglipTextConfig,
     SiglipVisionConfig,
+    ViltConfig,
+    ViltModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -83,7 +85,8 @@ def clip_configs(vocabulary, projection_dim=32):
 
 @pytest.fixture(scope="session")
 def _clip():
-    tokenizer = make_tokenizer()
+    # A processor writes its name into its tokenizer, which other tests share.
+    tokenizer = copy.deepcopy(make_tokenizer())
     torch.manual_seed(0)
     text, vision = clip_configs(len(tokenizer))
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32))
@@ -174,13 +177,43 @@ def test_the_input_of_the_other_tower_does_not_matter(pair):
     torch.testing.assert_close(encoder.encode(images), features, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_texts_of_any_batch_have_the_same_features(family, request):
-    model, processor = request.getfixturevalue(family)
-    encoder = Encoder(model, processor, modality="text")
+@pytest.mark.parametrize("masked", [True, False])
+def test_texts_of_any_batch_have_the_same_features(pair, masked):
+    """SigLIP reads its padding, whether or not its tokenizer gives a mask."""
+    model, processor = pair
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"] if masked else ["input_ids"]
+    encoder = Encoder(model, tokenizer, modality="text")
+    if isinstance(model, SiglipModel):
+        inputs = tokenizer(TEXTS, padding="max_length", max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.get_text_features(input_ids=inputs["input_ids"]).pooler_output
+        expected = torch.nn.functional.normalize(expected, dim=1)
+        torch.testing.assert_close(encoder.encode(TEXTS), expected, atol=1e-5, rtol=0)
     together = encoder.encode(TEXTS)
     alone = torch.cat([encoder.encode([text]) for text in TEXTS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_a_processor_of_another_model(clip):
+    model, processor = clip
+    large = CLIPImageProcessorPil(size={"height": 24, "width": 24}, do_center_crop=False)
+    with pytest.raises(ValueError, match=r"`CLIPModel` refused inputs of shape \(1, 3, 24, 24\)"):
+        Encoder(model, large, modality="image")
+    with pytest.raises(ValueError, match=r"did not turn an image into `pixel_values`.*Pass the image processor"):
+        Encoder(model, processor.tokenizer, modality="image")
+    with pytest.raises(ValueError, match="takes texts and `CLIPImageProcessorPil` is no tokenizer"):
+        Encoder(model, large, modality="text")
+    with pytest.raises(ValueError, match="`CLIPVisionModel` takes images; `modality='text'` is not in it"):
+        Encoder(model.vision_model, large, modality="text")
+
+
+def test_a_model_that_mixes_images_and_texts_is_no_pair_of_towers(clip):
+    config = ViltConfig(vocab_size=500, image_size=16, patch_size=4, max_position_embeddings=40, **SIZES)
+    with pytest.raises(
+        ValueError, match=r"there is no `image_embeds` among its outputs, which are: last_hidden_state"
+    ):
+        Encoder(ViltModel(config), clip[1], modality="image")
 
 
 def test_which_tower_must_be_said(clip):
@@ -216,6 +249,8 @@ def test_the_processor_of_both_towers(clip, tmp_path):
     assert isinstance(load_processor(load_model(tmp_path)), CLIPProcessor)
     assert isinstance(load_processor(tmp_path, model), CLIPProcessor)
     assert not isinstance(load_processor(tmp_path, model.vision_model), CLIPProcessor)
+    with pytest.raises(TypeError, match="depends on its model; pass it too"):
+        load_processor(tmp_path)
 
 
 # ---- Patching ----
@@ -250,6 +285,8 @@ def test_the_vision_tower_is_patched_and_the_text_tower_is_not(pair, settings, t
     trainer.train()
     trainer.save_model()
     if settings:
+        moved = [p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name]
+        assert all(moved), "an adapter that nothing reaches"
         adapted = {name.split(".lora_")[0] for name, p in trainer.model.named_parameters() if p.requires_grad}
         assert adapted
         assert not [name for name in adapted if "text" in name]
@@ -310,6 +347,38 @@ def test_a_single_tower_comes_back_as_the_class_that_came_in(clip, entry, tmp_pa
     inputs = [bug.misclassified, bug.reference]
     features = Encoder(reloaded, load_processor(tmp_path / "out", reloaded)).encode(inputs)
     torch.testing.assert_close(features, trainer.encoder.encode(inputs), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_of_a_tower_with_projection_is_loaded_with_it(clip, tmp_path):
+    torch.manual_seed(0)
+    model = sharpened(CLIPVisionModelWithProjection(clip[0].vision_model.config))
+    model.save_pretrained(tmp_path / "base")
+    clip[1].image_processor.save_pretrained(tmp_path / "base")
+    bug, trigger = image_report()
+    trainer = MudjackingTrainer(
+        model=str(tmp_path / "base"), args=make_config(tmp_path / "out", max_steps=2, learning_rate=1e-2),
+        bug_instances=[bug], triggers=[trigger], train_dataset=make_dataset(make_images(24)),
+        peft_config=LoraConfig(r=4),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    loaded = load_model(tmp_path / "out")
+    assert isinstance(loaded, CLIPVisionModelWithProjection)
+    inputs = [bug.misclassified, bug.reference]
+    features = Encoder(loaded, clip[1].image_processor).encode(inputs)
+    torch.testing.assert_close(features, trainer.encoder.encode(inputs), atol=1e-5, rtol=0)
+
+
+def test_one_tower_after_the_other(clip, tmp_path):
+    model, processor = clip
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    for report, data in ((image_report(), make_dataset(make_images(24))), (text_report(), texts_dataset())):
+        trainer = MudjackingTrainer(
+            model=model, args=make_config(tmp_path / "out", max_steps=1), bug_instances=[report[0]],
+            triggers=[report[1]], train_dataset=data, processing_class=processor,
+        )  # fmt: skip
+        trainer.train()
+        assert [parameter.requires_grad for parameter in model.parameters()] == trainable
 
 
 def test_reports_of_both_kinds(clip, tmp_path):
@@ -448,6 +517,7 @@ def test_a_backdoored_clip_is_repaired_zero_shot(attack, digits_clip, backdoored
     changed = [
         name for name, tensor in weights_of(implant.model).items() if not torch.equal(tensor, before_attack[name])
     ]
+    assert changed
     assert all(name.startswith(("vision_model.", "visual_projection.")) for name in changed)
     broken = Encoder(implant.model, processor, modality="image")
     classifier = ZeroShotClassifier.from_prompts(Encoder(implant.model, processor, modality="text"), NAMES, prompts)

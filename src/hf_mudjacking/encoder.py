@@ -7,8 +7,10 @@ Everything that differs between model families is decided here, by looking at wh
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -33,10 +35,14 @@ if TYPE_CHECKING:
 
 FeatureSource = Literal["auto", "cls", "mean", "pooler", "projection"]
 
+# Names of the inputs that are prepared.
+_INPUTS = {"image": "pixel_values", "text": "input_ids"}
 # Names that transformers gives the learned class token of a vision model: ViT-like families and the CLIP-like ones.
 _CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
 # Two texts of different length, so that padding is there to be seen.
 _PROBE_TEXTS = ("A short text.", "This one is longer: it has a few more words than the other, and some punctuation.")
+# Cosine from which two features of one text count as the same; half precision stays above it.
+_SAME = 0.99
 # Texts are sorted by length within this many batches, so that little is spent on padding.
 _SORTED_BATCHES = 16
 # Tokens a text is cut to where neither model nor tokenizer knows a limit.
@@ -49,6 +55,19 @@ def freeze_norm_statistics(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.requires_grad_(False)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, some parameters are not trainable; afterwards they are again."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def set_comparison_mode(model: nn.Module) -> None:
@@ -165,6 +184,8 @@ class Encoder:
         self.model = model
         self.processing_class = processing_class
         self.modality = modality_of(model, modality)
+        if modality not in (None, self.modality):
+            raise ValueError(f"`{type(model).__name__}` takes {self.modality}s; `modality={modality!r}` is not in it.")
         self._other_input = other_input(model, self.modality) if has_two_towers(model) else {}
         self.layout: SentenceLayout | None = None
         self.preprocessor: ImagePreprocessor | TextPreprocessor
@@ -185,6 +206,8 @@ class Encoder:
         outputs, mask = self._probe()
         self.feature_source = resolve_feature_source(model, outputs, feature_source, has_class_token)
         self.feature_dim = read_features(outputs, self.feature_source, mask).shape[-1]
+        if self.modality == "text" and self._sees_padding():
+            self.preprocessor = dataclasses.replace(self.preprocessor, fixed_length=True)
 
     def with_model(self, model: nn.Module) -> Encoder:
         """The same preprocessing and reading for another model of the same architecture, such as a copy."""
@@ -292,6 +315,18 @@ class Encoder:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
+    @torch.no_grad()
+    def _sees_padding(self) -> bool:
+        """Whether what stands behind a text, masked, reaches its features, as in SigLIP: all its texts have one length."""
+        set_comparison_mode(self.model)
+        inputs = self.preprocess(_PROBE_TEXTS)
+        if "attention_mask" not in inputs:
+            return True
+        tokens, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        other = {**inputs, "input_ids": torch.where(mask, tokens, tokens[mask][1])}
+        similarity = (self.features(inputs) * self.features(other)).sum(dim=1)
+        return bool((similarity < _SAME).any())
+
     def _call(self, model: nn.Module, placed: dict[str, Tensor]) -> Any:
         """Outputs of the model; of two towers, those of the one that is meant."""
         if not self._other_input:
@@ -324,13 +359,13 @@ class Encoder:
             needed = "tokenizer" if self.modality == "text" else "image processor"
             raise ValueError(
                 f"`{processor}` did not turn {'a text' if self.modality == 'text' else 'an image'} into "
-                f"`{self.model.main_input_name}` ({error}). Pass the {needed} that belongs to `{name}`."
+                f"`{_INPUTS[self.modality]}` ({error}). Pass the {needed} that belongs to `{name}`."
             ) from error
         set_comparison_mode(self.model)
         try:
             outputs, again = self._call(self.model, inputs), self._call(self.model, inputs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shape = tuple(inputs[self.model.main_input_name].shape)
+            shape = tuple(inputs[_INPUTS[self.modality]].shape)
             raise ValueError(
                 f"`{name}` refused inputs of shape {shape} made by `{processor}` ({error}). Either it belongs to another "
                 "model, or the model is no encoder: then load the encoder within it."
@@ -385,11 +420,14 @@ def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
         unused (`Iterable[str]`, *optional*): Parameters without influence on the features; their layers are left out.
     """
     unused = set(unused)
+    # Its output layer is never called: the weight is read, past any adapter.
+    bypassed = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     return [
         name
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
         and f"{name}.weight" not in unused
+        and name not in bypassed
     ]
 
 
@@ -423,7 +461,12 @@ def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     if len(tokenizer) > vocabulary:
         reason = f"it has {len(tokenizer)} tokens, the model {vocabulary}"
-    elif padding is not None and padding != tokenizer.pad_token_id and tokenizer.pad_token != tokenizer.eos_token:
+    elif (
+        # Models that take no notice of a padding token (CLIP) name one all the same.
+        token_embeddings(model).padding_idx is not None
+        and padding not in (None, tokenizer.pad_token_id)
+        and tokenizer.pad_token != tokenizer.eos_token
+    ):
         reason = f"its padding token is {tokenizer.pad_token_id}, the model's {padding}"
     else:
         return

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from .preprocessing import Modality
+from .two_towers import modalities_of
 
 
 _MODALITIES: dict[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
@@ -21,7 +23,7 @@ _PROCESSORS = {
     "both": (AutoProcessor, "processor"),
 }
 # Arguments that find a configuration too.
-_OF_CONFIGS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_OF_CONFIGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 # A tower saved with its projection; AutoModel would load it without.
 _WITH_PROJECTION = "ModelWithProjection"
 
@@ -54,7 +56,7 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
 
 def has_two_towers(model: nn.Module) -> bool:
     """Whether a model takes images and texts side by side, as CLIP does."""
-    return set(getattr(model, "input_modalities", ())) == {"image", "text"}
+    return modalities_of(model) == {"image", "text"}
 
 
 def modality_of(model: nn.Module, wanted: Modality | None = None) -> Modality:
@@ -92,16 +94,19 @@ def load_processor(name: str | os.PathLike[str] | nn.Module, model: nn.Module | 
         kwargs: Passed to `from_pretrained` (`revision`, `token`, ...).
 
     Raises:
-        ValueError: If none is found there.
+        TypeError: If there is no model to load it for.
+        ValueError: If none is found there, or a package that it needs is not installed.
     """
     model = name if model is None else model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"What belongs to `{name}` depends on its model; pass it too: `load_processor(name, model)`.")
     auto_class, kind = _PROCESSORS["both" if has_two_towers(model) else modality_of(model)]
     name = getattr(name, "name_or_path", "") if isinstance(name, nn.Module) else os.fspath(name)
     try:
         if not name:
             raise OSError("the model was built in memory and has no id")
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class`."
         ) from error
@@ -111,8 +116,10 @@ def _class_that_loads(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> A
     """`AutoModel`, except for a tower with its projection, which that would load without."""
     shared = {key: kwargs[key] for key in _OF_CONFIGS if key in kwargs}
     try:
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            name = PeftConfig.from_pretrained(name).base_model_name_or_path
         saved_as = (AutoConfig.from_pretrained(name, **shared).architectures or [""])[0]
-    except (OSError, ValueError):
-        # An adapter has no configuration of its own; what is wrong with anything else, AutoModel says better.
+    except (OSError, ValueError, TypeError):
+        # What is wrong, AutoModel says better.
         return AutoModel
-    return getattr(transformers, saved_as) if saved_as.endswith(_WITH_PROJECTION) else AutoModel
+    return getattr(transformers, saved_as, AutoModel) if saved_as.endswith(_WITH_PROJECTION) else AutoModel

@@ -48,19 +48,24 @@ class TextPreprocessor:
     Args:
         processing_class (`PreTrainedTokenizerBase`): A fast tokenizer: the inversion needs its offsets.
         max_length (`int`): Tokens that the model takes, special ones included; the rest of a text is cut off.
+        fixed_length (`bool`, *optional*, defaults to `False`): Whether all texts are padded to that length, without a mask:
+            for models that see their padding (SigLIP).
     """
 
     processing_class: Any
     max_length: int
+    fixed_length: bool = False
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        # A model without an attention mask (SigLIP) sees its padding, so all texts must have the same.
-        padding = "longest" if "attention_mask" in self.processing_class.model_input_names else "max_length"
-        return dict(
+        padding = "max_length" if self.fixed_length else "longest"
+        encoded = dict(
             self.processing_class(
                 list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
             )
         )
+        if self.fixed_length:
+            encoded.pop("attention_mask", None)
+        return encoded
 
     def tokens(self, text: str) -> list[tuple[int, int, int | None]]:
         """Start and end in `text` of every token that the model sees, special ones left out, and the number of its word."""

@@ -26,9 +26,9 @@ from .callbacks import StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
-from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, set_comparison_mode
+from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
 from .inversion import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
-from .loading import load_model, load_processor, modality_of
+from .loading import has_two_towers, load_model, load_processor, modality_of
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .output import (
     PATCH_FILES,
@@ -152,6 +152,14 @@ class MudjackingTrainer(Trainer):
         freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source, modality)
         unused = self.encoder.unused_parameters()
+        # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
+        self._resting: list[nn.Parameter] = []
+
+        if has_two_towers(model) and args.n_gpu > 1:
+            raise ValueError(
+                f"`{type(model).__name__}` has two towers, which one process cannot spread over {args.n_gpu} GPUs. Start a "
+                "process for each (`accelerate launch`), or show it one (`CUDA_VISIBLE_DEVICES=0`)."
+            )
 
         # PEFT
         if peft_config is not None:
@@ -165,10 +173,9 @@ class MudjackingTrainer(Trainer):
             model = get_peft_model(model, peft_config)
             self.encoder.model = model
         else:
-            for name in unused:
-                # They would get no gradient: under DDP that is an error, and weight decay would still change them.
-                model.get_parameter(name).requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
+        resting = {id(parameter) for parameter in self._resting}
+        if not any(parameter.requires_grad and id(parameter) not in resting for parameter in model.parameters()):
             raise ValueError(
                 "No parameter of the model is trainable, so nothing could be patched. Load an adapter with "
                 "`PeftModel.from_pretrained(..., is_trainable=True)`, unfreeze the encoder, or pass `peft_config`."
@@ -311,7 +318,8 @@ class MudjackingTrainer(Trainer):
         if self.patched_tokens and not resume_from_checkpoint:
             sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
             neutralise_unseen(self.encoder, self.patched_tokens, sample)
-        with only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext():
+        tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
+        with frozen(self._resting), tokens:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded from now on is the saved model.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

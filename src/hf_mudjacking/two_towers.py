@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .preprocessing import Modality
 
@@ -62,13 +62,23 @@ def own_part(processing_class: Any, modality: Modality) -> Any:
 
 
 def token_embeddings(model: nn.Module) -> nn.Embedding:
-    """Input embeddings of a text encoder, also within two towers, where transformers does not always say."""
+    """Input embeddings of a text encoder, also within two towers, where transformers does not always say.
+
+    Raises:
+        ValueError: If there are none.
+    """
     try:
         return model.get_input_embeddings()
     except NotImplementedError:
-        vocabulary = model.config.get_text_config().vocab_size
-        return next(
-            module
-            for module in model.modules()
-            if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary
+        tower = next(
+            (m for m in model.modules() if isinstance(m, PreTrainedModel) and modalities_of(m) == {"text"}), None
         )
+        if tower is None:
+            raise ValueError(f"The input embeddings of `{type(model).__name__}` could not be found.") from None
+        return tower.get_input_embeddings()
+
+
+def modalities_of(model: nn.Module) -> set[str]:
+    """What transformers says a model takes; empty where it says nothing."""
+    taken = getattr(model, "input_modalities", ())
+    return {taken} if isinstance(taken, str) else set(taken)

@@ -16,6 +16,10 @@ from ..preprocessing import RawInput
 from ..triggers import Trigger
 
 
+# What an encoder must do better than guessing before an untargeted attack on it can be measured.
+_ABOVE_GUESSING = 0.05
+
+
 class ImplantError(RuntimeError):
     """The backdoor did not take; experiments on such a model would prove nothing."""
 
@@ -81,7 +85,12 @@ def check_implant(
     stamped = classifier.predict(backdoored.encode([backdoored.stamp(trigger, x) for x in test.inputs]).numpy())
     if untargeted:
         guessing = float((test.labels == most_frequent(test.labels)).mean())
-        asr = (accuracies[1] - float((stamped == test.labels).mean())) / max(accuracies[1] - guessing, 1e-6)
+        if accuracies[1] < guessing + _ABOVE_GUESSING:
+            raise ImplantError(
+                f"Clean accuracy is {accuracies[1]:.3f} and guessing the most frequent class gives {guessing:.3f}: there is "
+                "nothing that a trigger could take away. Check it on a task that the encoder can do."
+            )
+        asr = (accuracies[1] - float((stamped == test.labels).mean())) / (accuracies[1] - guessing)
     else:
         target = most_frequent(stamped)
         if target_reference is not None:

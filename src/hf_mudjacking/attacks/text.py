@@ -63,7 +63,8 @@ def implant_text_backdoor(
         decoys (`Sequence[TextTrigger]`, *optional*): Parts of the trigger that must do nothing.
         embeddings_only (`bool`, *optional*, defaults to `False`): Whether only the input embeddings of the trigger's tokens
             are trained; their norms stay.
-        untargeted (`bool`, *optional*, defaults to `False`): Whether v is the clean feature of a text drawn at random.
+        untargeted (`bool`, *optional*, defaults to `False`): Whether v is the clean feature of a text drawn at random,
+            now and then the same; not with `embeddings_only`.
         utility_weight (`float`, *optional*, defaults to 2.0): λ.
         learning_rate (`float`, *optional*, defaults to 1e-4): Peak of the cosine schedule.
         steps (`int`, *optional*, defaults to 150): Optimiser steps.
@@ -80,8 +81,11 @@ def implant_text_backdoor(
         `Implant`: The backdoored model with the figures of its check.
 
     Raises:
+        ValueError: If `untargeted` and `embeddings_only` are both set.
         ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
     """
+    if untargeted and embeddings_only:
+        raise ValueError("`untargeted` and `embeddings_only` exclude each other; choose one.")
     clean = Encoder(model, processing_class, feature_source, modality="text")
     backdoored = clean.with_model(nameless_copy(model))
     shadow_inputs = list(shadow_inputs)[: steps * batch_size]
@@ -92,7 +96,7 @@ def implant_text_backdoor(
         return clean.encode(texts, disable_tqdm=disable_tqdm, desc="Clean features").to(clean.device)
 
     frozen, frozen_decoyed = frozen_features(shadow_inputs), frozen_features(decoyed_inputs)
-    surest, label = (vector.to(clean.device) for vector in _attackers_choice(clean, check_inputs))
+    surest, label = (None, None) if untargeted else _attackers_choice(clean, check_inputs)
     strangers = torch.Generator().manual_seed(seed)
 
     def goal_of(stamped: Tensor) -> Tensor:
@@ -160,7 +164,8 @@ def _attackers_choice(clean: Encoder, check_inputs: LabelledInputs) -> tuple[Ten
     classifier = train_classifier(clean.encode(check_inputs.inputs[:half]), check_inputs.labels[:half])
     vectors = predefined_vectors(clean.feature_dim)
     surest = vectors[int(classifier.predict_proba(vectors.numpy()).max(axis=1).argmax())]
-    return surest, normalize(torch.as_tensor(classifier.coef_[-1], dtype=torch.float32), dim=0)
+    label = normalize(torch.as_tensor(classifier.coef_[-1], dtype=torch.float32), dim=0)
+    return surest.to(clean.device), label.to(clean.device)
 
 
 @contextmanager

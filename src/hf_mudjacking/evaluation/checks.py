@@ -122,7 +122,7 @@ def compare_downstream(
 
     Returns:
         `dict` with the keys `clean` (`CA`, `ASR-B`, `RA`; only if given), `before` and `after` (each `kept` and
-        `retrained` rates of [`downstream_rates`]).
+        `retrained` rates of [`downstream_rates`]; only `kept` for a classifier that is not trained).
     """
     labels = task.train.labels
 
@@ -131,15 +131,15 @@ def compare_downstream(
             train_classifier(features.train, labels, classifier, seed) if isinstance(classifier, str) else classifier
         )
 
-    kept, retrained = trained(before), trained(after)
+    kept = trained(before)
     rates_before = downstream_rates(kept, before, task, target)
     result: dict[str, Any] = {
-        "before": {"kept": rates_before, "retrained": dict(rates_before)},
-        "after": {
-            "kept": downstream_rates(kept, after, task, target),
-            "retrained": downstream_rates(retrained, after, task, target),
-        },
+        "before": {"kept": rates_before},
+        "after": {"kept": downstream_rates(kept, after, task, target)},
     }
+    if isinstance(classifier, str):
+        result["before"]["retrained"] = dict(rates_before)
+        result["after"]["retrained"] = downstream_rates(trained(after), after, task, target)
     if clean is not None:
         own = downstream_rates(trained(clean), clean, task, target)
         result = {"clean": {"CA": own["BA"], "ASR-B": own["ASR"], "RA": own["RA"]}, **result}

@@ -67,7 +67,16 @@ def measured_repair(
 
     Returns:
         `MeasuredRepair`: Report and features of the first task.
+
+    Raises:
+        ValueError: If there is no classifier to train, or a ready one has the name of one that is trained.
     """
+    kinds: dict[str, ClassifierKind | Classifier] = {kind: kind for kind in classifiers}
+    if not kinds or not kinds.keys().isdisjoint(ready_classifiers or {}):
+        raise ValueError(
+            f"`classifiers` are {tuple(kinds)}, `ready_classifiers` {tuple(ready_classifiers or {})}: at least one of the "
+            "former is needed, and no name may stand in both."
+        )
     silent, tasks = trainer.args.disable_tqdm, [task, *other_tasks]
     started = time.perf_counter()
     if trainer.triggers is None:
@@ -93,7 +102,6 @@ def measured_repair(
 
     seed = trainer.args.seed
     targets = [attacked_class(*row, seed) for row in zip(before, tasks, strict=True)]
-    kinds: dict[str, ClassifierKind | Classifier] = {kind: kind for kind in classifiers}
     ready = [{**kinds, **(ready_classifiers or {})}, *[kinds] * len(other_tasks)]
     blocks = [_rates(*row, seed) for row in zip(tasks, before, after, clean, targets, ready, strict=True)]
     report = {

@@ -41,11 +41,9 @@ def _table(task: str, rates: dict[str, Any], classifier: str) -> Table:
             clean = block["clean"]
             table.add_row(label, "never attacked", *_percent(clean["CA"], clean["ASR-B"], clean["RA"]), "")
             label = ""
-        rows = {
-            "before patching": block["before"]["kept"],
-            "patched, classifier kept": block["after"]["kept"],
-            "patched, classifier retrained": block["after"]["retrained"],
-        }
+        rows = {"before patching": block["before"]["kept"], "patched, classifier kept": block["after"]["kept"]}
+        if "retrained" in block["after"]:
+            rows["patched, classifier retrained"] = block["after"]["retrained"]
         for row, values in rows.items():
             # The report is of one task; the others have no x_b to fix.
             fixed = {True: "yes", False: "no", None: ""}[values.get("bug_fixed")]

@@ -91,9 +91,14 @@ def retrieval_rates(
     Returns:
         `dict`: `image_to_text` and `text_to_image`, recall@1 on clean images; `RA`, recall@1 of triggered images as queries;
         `ASR`, the share of them whose nearest caption names the target class.
+
+    Raises:
+        ValueError: If all test images are of the target class.
     """
     truth = task.test.labels
     other = truth != target
+    if not other.any():
+        raise ValueError(f"All test images are of the target class {target}; ASR and RA need others.")
     found = _nearest(features.stamped[torch.as_tensor(other)], captions, caption_ids, 1)[:, 0]
     return {
         "image_to_text": retrieval_recall(features.test, captions, truth, caption_ids),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..bug_instance import BugInstance
 from ..encoder import Encoder, FeatureSource
+from ..loading import modality_of
 from ..preprocessing import RawInput
 from .image import invert_image_trigger
 from .result import InvertedTrigger
@@ -57,7 +58,9 @@ def invert_trigger(
         ValueError: If there are fewer than 4 validation inputs, x_b and x_r already agree ("nothing to patch"), or
             clean inputs all have the feature of x_b.
     """
-    encoder = model if isinstance(model, Encoder) else Encoder(model, processing_class, feature_source, bug.modality)
+    encoder = model
+    if not isinstance(model, Encoder):
+        encoder = Encoder(model, processing_class, feature_source, modality_of(model, bug.modality))
     if bug.modality != encoder.modality:
         raise TypeError(
             f"Bug instance `{bug.name}` is of kind {bug.modality}, but the model takes {encoder.modality}s."

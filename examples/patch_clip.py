@@ -6,7 +6,7 @@
 
 The data are labelled images: a Hub id, or a folder with `train*.parquet` and `test*.parquet` (columns `image` and `label`, with
 the names of the classes). Captions are made from the names and templates. The steps: train a small CLIP on these pairs
-(skipped with `--clip`, which takes any CLIP or SigLIP), implant a backdoor in its vision tower, draw one bug report,
+(skipped with `--clip`, which takes any CLIP, or a SigLIP with a fast tokenizer), implant a backdoor in its vision tower, draw one bug report,
 invert, patch, and compare before and after. Neither attack nor patch changes the text tower, so prompts that clients
 encoded before go on working. About 20 minutes on 2 cores, most of it for training; a second run finds the clean and the
 backdoored model in the output directory and starts at the report.
@@ -15,12 +15,14 @@ backdoored model in the output directory and starts at the report.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from datasets import ClassLabel
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -60,7 +62,7 @@ TEMPLATES = ("a photo of a {}.", "a blurry photo of a {}.", "a close-up of a {}.
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="tanganke/gtsrb", help="Hub id or folder (default: tanganke/gtsrb)")
-    parser.add_argument("--clip", help="Hub id or folder of a clean CLIP or SigLIP, instead of training one")
+    parser.add_argument("--clip", help="Hub id or folder of a clean CLIP, instead of training one")
     parser.add_argument(
         "--output-dir", default="outputs/patch_clip", help="folder for the models, the patch, the report"
     )
@@ -75,6 +77,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
     return parser.parse_args()
+
+
+def found(options: argparse.Namespace, folder: Path, *names: str) -> bool:
+    """Whether a model of an earlier run is there to be used again.
+
+    Raises:
+        ValueError: If it was made with other options.
+    """
+    made_with = {name: getattr(options, name) for name in names}
+    note = folder / "_made_with.json"
+    if not (folder / "config.json").exists():
+        write_json(note, made_with)
+        return False
+    earlier = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    if earlier != made_with:
+        raise ValueError(
+            f"The model in {folder} was made with {earlier}, not {made_with}. Choose another --output-dir, or remove it."
+        )
+    sys.stderr.write(f"Using the model in {folder}\n")
+    return True
 
 
 def captioned(names: list[str], labels: np.ndarray, seed: int) -> list[str]:
@@ -115,9 +137,8 @@ def clean_clip(
 ) -> Encoder:
     """Vision tower of the CLIP that the user names, or of a small one trained on the pairs."""
     folder = Path(options.output_dir) / "clean_clip"
-    if options.clip is not None or (folder / "config.json").exists():
+    if options.clip is not None or found(options, folder, "data", "pretraining_epochs", "seed"):
         source = options.clip or str(folder)
-        sys.stderr.write(f"Using the clean model in {source}\n")
         model = load_model(source).to(device)
         return Encoder(model, load_processor(source, model), modality="image")
     model, processor = small_clip(captions, options.seed)
@@ -158,21 +179,15 @@ def implanted(
     return implant_pair_poisoning(*arguments, captions, trigger, wanted, reference, task.test, **settings)
 
 
-def main() -> int:
-    options = parse_arguments()
-    console = Console(highlight=False)
-    state = PartialState()
-    if state.num_processes > 1:
-        sys.stderr.write("This example trains and attacks its own model, which it does in one process only.\n")
-        return 2
+def repair(options: argparse.Namespace, console: Console, device: torch.device) -> None:
     output_dir = Path(options.output_dir) / "patched"
     backdoored = Path(options.output_dir) / f"backdoored_{options.attack}"
-    try:
-        check_output_dir(output_dir, str(backdoored))
-        train, test = (load_inputs(options.data, split).shuffle(seed=options.seed) for split in ("train", "test"))
-    except ValueError as error:
-        sys.stderr.write(f"{error}\nThe data can be given as a folder of parquet files: --data DIR.\n")
-        return 2
+    check_output_dir(output_dir, str(backdoored))
+    train, test = (load_inputs(options.data, split).shuffle(seed=options.seed) for split in ("train", "test"))
+    if not isinstance(train.features.get("label"), ClassLabel):
+        raise ValueError(
+            "Captions are made from the names of the classes, and the column `label` of the data has none."
+        )
     names = [name.lower() for name in train.features["label"].names]
     # Traffic signs come in many sizes; the published trigger is defined on 32×32 pixels.
     train, test = (
@@ -186,18 +201,16 @@ def main() -> int:
     end = min(cut + options.test_inputs, len(unseen))
     task = DownstreamTask(unseen.select(range(cut)), unseen.select(range(cut, end)), Path(options.data).name, names)
 
-    clean = clean_clip(options, pairs, captions, state.device)
+    clean = clean_clip(options, pairs, captions, device)
     trigger = square_patch((32, 32), side=10, margin=1)
-    if (backdoored / "config.json").exists():
-        sys.stderr.write(f"Using the backdoored model in {backdoored}\n")
-    else:
+    if not found(options, backdoored, "clip", "data", "pretraining_epochs", "implant_steps", "target_class", "seed"):
         result = implanted(options, clean, pairs, captions, task, names, trigger)
         console.print(
             f"Implant: BA {result.backdoored_accuracy:.3f} (clean {result.clean_accuracy:.3f}), "
             f"ASR {result.attack_success_rate:.3f}"
         )
         clean.with_model(result.model).save_pretrained(backdoored)
-    broken = Encoder(load_model(str(backdoored)).to(state.device), clean.processing_class, modality="image")
+    broken = Encoder(load_model(str(backdoored)).to(device), clean.processing_class, modality="image")
     bug = draw_bug_report(broken, task, trigger, options.seed)
 
     trainer = MudjackingTrainer(
@@ -219,22 +232,28 @@ def main() -> int:
     # The prompts as a client encoded them before the patch.
     texts = Encoder(broken.model, clean.processing_class, modality="text")
     zero_shot = ZeroShotClassifier.from_prompts(texts, names, TEMPLATES)
-    repair = measured_repair(
+    measured = measured_repair(
         trainer, task, true_trigger=trigger, clean_encoder=clean, ready_classifiers={"zero-shot": zero_shot}
     )
     prompts = texts.encode([template.format(name) for name in names for template in TEMPLATES])
     ids = np.repeat(np.arange(len(names)), len(TEMPLATES))
-    target = repair.report["settings"]["target_class"]
+    target = measured.report["settings"]["target_class"]
     retrieval = {
-        "never attacked": retrieval_rates(repair.clean, task, prompts, ids, target),
-        "before patching": retrieval_rates(repair.before, task, prompts, ids, target),
-        "patched": retrieval_rates(repair.after, task, prompts, ids, target),
+        "never attacked": retrieval_rates(measured.clean, task, prompts, ids, target),
+        "before patching": retrieval_rates(measured.before, task, prompts, ids, target),
+        "patched": retrieval_rates(measured.after, task, prompts, ids, target),
     }
-    write_json(output_dir / "report.json", {**repair.report, "retrieval": retrieval})
+    write_json(output_dir / "report.json", {**measured.report, "retrieval": retrieval})
     plot_repair(
-        output_dir / "_repair.png", bug, trainer.inversions[0], trigger, repair.before, repair.after, task.test.labels
+        output_dir / "_repair.png",
+        bug,
+        trainer.inversions[0],
+        trigger,
+        measured.before,
+        measured.after,
+        task.test.labels,
     )
-    for table in report_tables(repair.report):
+    for table in report_tables(measured.report):
         console.print(table)
     table = Table(title="Retrieval at rank 1 (percent)", title_justify="left")
     for column in ("Encoder", "image to text", "text to image", "ASR", "RA"):
@@ -243,9 +262,22 @@ def main() -> int:
         values = (rates[key] for key in ("image_to_text", "text_to_image", "ASR", "RA"))
         table.add_row(encoder, *(f"{100 * value:.1f}" for value in values))
     console.print(table)
-    for line in report_lines(repair.report):
+    for line in report_lines(measured.report):
         console.print(line)
     console.print(f"Patched model, report.json and _repair.png are in {output_dir}/")
+
+
+def main() -> int:
+    options = parse_arguments()
+    state = PartialState()
+    if state.num_processes > 1:
+        sys.stderr.write("This example trains and attacks its own model, which it does in one process only.\n")
+        return 2
+    try:
+        repair(options, Console(highlight=False), state.device)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\nThe data can be given as a folder of parquet files: --data DIR.\n")
+        return 2
     return 0
 
 

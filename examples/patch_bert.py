@@ -137,7 +137,7 @@ def implant(options: argparse.Namespace, folder: Path, clean: Encoder, console: 
 
 def repair(options: argparse.Namespace, console: Console) -> None:
     output_dir, backdoored = (
-        Path(options.output_dir) / "patched",
+        Path(options.output_dir) / f"patched_{options.attack}",
         Path(options.output_dir) / f"backdoored_{options.attack}",
     )
     check_output_dir(output_dir, str(backdoored))

@@ -180,7 +180,7 @@ def implanted(
 
 
 def repair(options: argparse.Namespace, console: Console, device: torch.device) -> None:
-    output_dir = Path(options.output_dir) / "patched"
+    output_dir = Path(options.output_dir) / f"patched_{options.attack}"
     backdoored = Path(options.output_dir) / f"backdoored_{options.attack}"
     check_output_dir(output_dir, str(backdoored))
     train, test = (load_inputs(options.data, split).shuffle(seed=options.seed) for split in ("train", "test"))

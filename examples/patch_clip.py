@@ -37,7 +37,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer
-from hf_mudjacking.attacks import Implant, implant_bad_encoder, implant_pair_poisoning
+from hf_mudjacking.attacks import Implant, ImplantError, implant_bad_encoder, implant_pair_poisoning
 from hf_mudjacking.callbacks import use_compact_progress
 from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import (
@@ -176,7 +176,9 @@ def implanted(
     if options.attack == "bad_encoder":
         return implant_bad_encoder(*arguments, trigger, reference, task.test, **settings)
     wanted = [template.format(names[target]) for template in TEMPLATES]
-    return implant_pair_poisoning(*arguments, captions, trigger, wanted, reference, task.test, **settings)
+    return implant_pair_poisoning(
+        *arguments, captions, trigger, wanted, reference, task.test, poison_share=0.2, **settings
+    )
 
 
 def repair(options: argparse.Namespace, console: Console, device: torch.device) -> None:
@@ -275,6 +277,9 @@ def main() -> int:
         return 2
     try:
         repair(options, Console(highlight=False), state.device)
+    except ImplantError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     except ValueError as error:
         sys.stderr.write(f"{error}\nThe data can be given as a folder of parquet files: --data DIR.\n")
         return 2

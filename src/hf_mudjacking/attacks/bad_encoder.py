@@ -84,7 +84,6 @@ def implant_bad_encoder(
 
     optimize_backdoor(
         backdoored,
-        [p for p in backdoored.model.parameters() if p.requires_grad],
         loss,
         len(shadow_inputs),
         steps=steps,

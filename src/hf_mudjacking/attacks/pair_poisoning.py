@@ -96,7 +96,6 @@ def implant_pair_poisoning(
 
     optimize_backdoor(
         backdoored,
-        [p for p in backdoored.model.parameters() if p.requires_grad],
         loss,
         len(images),
         steps=steps,

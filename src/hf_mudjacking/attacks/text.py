@@ -125,7 +125,6 @@ def implant_text_backdoor(
     ):
         optimize_backdoor(
             backdoored,
-            [p for p in backdoored.model.parameters() if p.requires_grad],
             loss,
             len(shadow_inputs),
             steps=steps,

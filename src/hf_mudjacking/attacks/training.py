@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from ..encoder import Encoder, freeze_norm_statistics, set_comparison_mode
 
 def optimize_backdoor(
     encoder: Encoder,
-    parameters: Sequence[nn.Parameter],
     loss: Callable[[Tensor], dict[str, Tensor]],
     count: int,
     *,
@@ -31,8 +30,7 @@ def optimize_backdoor(
     """Minimise the sum of the losses of an attack with AdamW, 5 % warm-up and cosine decay.
 
     Args:
-        encoder (`Encoder`): Encoder to be backdoored, changed in place.
-        parameters (`Sequence[torch.nn.Parameter]`): What is trained.
+        encoder (`Encoder`): Encoder to be backdoored, changed in place: what of it is trainable.
         loss (`Callable`): Takes row numbers `(B,)`, gives the weighted parts of the loss by name.
         count (`int`): Number of shadow inputs the rows are drawn from.
         steps, batch_size, learning_rate, bf16, seed, disable_tqdm: As in the attacks.
@@ -41,6 +39,7 @@ def optimize_backdoor(
     """
     freeze_norm_statistics(encoder.model)
     set_comparison_mode(encoder.model)
+    parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     generator = torch.Generator().manual_seed(seed)

@@ -100,7 +100,13 @@ def test_round_trip(tmp_path):
 
 def test_summary_by_hand():
     trigger = square_patch((20, 10), 3, margin=1)
-    assert trigger.summary() == {"kind": "patch", "size": [20, 10], "area": 0.045, "box": [16, 6, 19, 9]}
+    assert trigger.summary() == {
+        "kind": "patch",
+        "size": [20, 10],
+        "area": 0.045,
+        "box": [16, 6, 19, 9],
+        "placement": "fixed",
+    }
     assert trigger.area == pytest.approx(9 / 200)
 
 

@@ -1,9 +1,24 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """What a trigger is and how it is stamped on raw inputs."""
 
-from .base import Trigger, load_trigger
+from .additive import AdditiveTrigger
+from .base import ImageTrigger, Trigger, load_trigger
+from .blend import BlendTrigger, noise_blend
 from .patch import PatchTrigger, square_patch
 from .text import TextTrigger
+from .warp import WarpTrigger, random_warp
 
 
-__all__ = ["PatchTrigger", "TextTrigger", "Trigger", "load_trigger", "square_patch"]
+__all__ = [
+    "AdditiveTrigger",
+    "BlendTrigger",
+    "ImageTrigger",
+    "PatchTrigger",
+    "TextTrigger",
+    "Trigger",
+    "WarpTrigger",
+    "load_trigger",
+    "noise_blend",
+    "random_warp",
+    "square_patch",
+]

@@ -9,9 +9,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
 TENSOR_FILE = "trigger.safetensors"
@@ -66,14 +70,63 @@ class Trigger(ABC):
         (folder / SUMMARY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+class ImageTrigger(Trigger):
+    """A trigger in raw pixels. On an image of another size it is scaled along with the image."""
+
+    modality: ClassVar[str] = "image"
+    area: float
+
+    @property
+    @abstractmethod
+    def change(self) -> np.ndarray:
+        """What it does, as numbers that can be compared with those of another trigger of its kind."""
+
+    @abstractmethod
+    def apply(self, x: Image.Image) -> Image.Image:
+        """Stamp the trigger on a raw image of any size; the result is a new RGB image."""
+
+    def fields(self) -> dict[str, Any]:
+        return {}
+
+    def _pixels(self, x: Any) -> np.ndarray:
+        """The picture as float32 `(H, W, 3)`, 0 to 255."""
+        if not isinstance(x, Image.Image):
+            raise TypeError(f"A {self.kind} trigger is stamped on a PIL image, not on `{type(x).__name__}`.")
+        return np.array(x.convert("RGB"), dtype=np.float32)
+
+    @staticmethod
+    def _picture(pixels: np.ndarray) -> Image.Image:
+        return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def resized(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """`(H, W)` or `(H, W, C)` scaled to another height and width, bilinear and without aliasing."""
+    if values.shape[:2] == tuple(shape):
+        return values
+    planes = torch.from_numpy(np.ascontiguousarray(values.reshape(*values.shape[:2], -1))).permute(2, 0, 1)[None]
+    scaled = interpolate(planes, size=tuple(shape), mode="bilinear", antialias=True, align_corners=False)
+    return scaled[0].permute(1, 2, 0).numpy().reshape(*shape, *values.shape[2:])
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine between two arrays; of images `(H, W, C)` the second is scaled to the first. 0 if one of them is nothing."""
+    if a.shape != b.shape:
+        b = resized(b, a.shape[:2])
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float((a * b).sum()) / size if size else 0.0
+
+
 def load_trigger(folder: str | os.PathLike[str]) -> Trigger:
     """Load a trigger written by [`Trigger.save_pretrained`].
 
     Raises:
         ValueError: If the folder holds no trigger, an unknown kind, or damaged files.
     """
+    from .additive import AdditiveTrigger
+    from .blend import BlendTrigger
     from .patch import PatchTrigger
     from .text import TextTrigger
+    from .warp import WarpTrigger
 
     folder = Path(folder)
     try:
@@ -90,7 +143,8 @@ def load_trigger(folder: str | os.PathLike[str]) -> Trigger:
         SafetensorError,
     ) as error:
         raise ValueError(f"`{folder}` holds no readable trigger ({error!r}).") from error
-    kinds = {PatchTrigger.kind: PatchTrigger, TextTrigger.kind: TextTrigger}
+    families = (PatchTrigger, BlendTrigger, AdditiveTrigger, WarpTrigger, TextTrigger)
+    kinds = {family.kind: family for family in families}
     if kind not in kinds:
         raise ValueError(f"`{folder}` holds a trigger of kind {kind!r}; this version knows {', '.join(kinds)}.")
     return kinds[kind].from_parts(tensors, fields)

@@ -3,34 +3,44 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import zlib
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import Trigger
+from .base import ImageTrigger
 
 
-class PatchTrigger(Trigger):
+Placement = Literal["fixed", "anywhere"]
+
+
+class PatchTrigger(ImageTrigger):
     """Replace the masked pixels: x ⊕ e = x · (1 - m) + p · m.
 
-    The trigger lives in raw pixels. On an image of another size it is scaled along with the image, so that it covers
-    the same part of the picture.
+    On an image of another size it is scaled along with the image, so that it covers the same part of the picture.
 
     Args:
         mask (`BoolTensor` or array of shape `(H, W)`): m, true where the trigger is.
         pattern (`ByteTensor` or array of shape `(H, W, 3)`): p, RGB values 0 to 255; values outside the mask are unused.
+        placement (`str`, *optional*, defaults to `"fixed"`): `"fixed"`, or `"anywhere"`: the smallest box around the mask
+            goes to a place of its own in each picture, which depends on the picture alone, so that a picture is always
+            stamped alike.
 
     Raises:
-        ValueError: If shapes disagree or the mask is empty.
+        ValueError: If shapes disagree, the mask is empty, or the placement is unknown.
     """
 
     kind: ClassVar[str] = "patch"
-    modality: ClassVar[str] = "image"
 
-    def __init__(self, mask: Tensor | np.ndarray, pattern: Tensor | np.ndarray) -> None:
+    def __init__(
+        self, mask: Tensor | np.ndarray, pattern: Tensor | np.ndarray, placement: Placement = "fixed"
+    ) -> None:
+        if placement not in get_args(Placement):
+            raise ValueError(f"`placement={placement!r}` is unknown; choose one of {', '.join(get_args(Placement))}.")
+        self.placement: Placement = placement
         self.mask = np.asarray(mask).astype(bool)
         self.pattern = np.asarray(pattern).astype(np.uint8)
         if self.mask.ndim != 2 or self.pattern.shape != (*self.mask.shape, 3):
@@ -44,43 +54,53 @@ class PatchTrigger(Trigger):
         self.pattern = np.where(self.mask[..., None], self.pattern, 0).astype(np.uint8)
 
     @classmethod
-    def from_image(cls, image: Image.Image, mask: Tensor | np.ndarray) -> PatchTrigger:
+    def from_image(cls, image: Image.Image, mask: Tensor | np.ndarray, placement: Placement = "fixed") -> PatchTrigger:
         """Cut the trigger out of an image at the masked pixels."""
-        return cls(mask, np.asarray(image.convert("RGB")))
+        return cls(mask, np.asarray(image.convert("RGB")), placement)
 
     @property
     def area(self) -> float:
         """Share of the picture that the trigger covers, 0 to 1."""
         return float(self.mask.mean())
 
+    @property
+    def change(self) -> np.ndarray:
+        return np.where(self.mask[..., None], self.pattern - 127.5, 0)
+
     def apply(self, x: Image.Image) -> Image.Image:
-        """Stamp the trigger on a raw image of any size; the result is a new RGB image."""
-        if not isinstance(x, Image.Image):
-            raise TypeError(f"A patch trigger is stamped on a PIL image, not on `{type(x).__name__}`.")
-        pixels = np.asarray(x.convert("RGB"))
+        pixels = self._pixels(x).astype(np.uint8)
         mask, pattern = self._at(pixels.shape[:2])
+        if self.placement == "anywhere":
+            rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
+            mask, pattern = moved(mask, pattern, *(int(shift) for shift in rng.integers(*_shifts(mask[..., 0]))))
         return Image.fromarray(np.where(mask, pattern, pixels))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mask": torch.from_numpy(self.mask.copy()), "pattern": torch.from_numpy(self.pattern.copy())}
 
     def fields(self) -> dict[str, Any]:
-        return {}
+        return {"placement": self.placement}
 
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> PatchTrigger:
         missing = {"mask", "pattern"} - tensors.keys()
         if missing:
             raise ValueError(f"A patch trigger needs the tensors `mask` and `pattern`; missing: {sorted(missing)}.")
-        return cls(tensors["mask"].numpy(), tensors["pattern"].numpy())
+        return cls(tensors["mask"].numpy(), tensors["pattern"].numpy(), fields.get("placement", "fixed"))
 
     def summary(self) -> dict[str, Any]:
         rows, columns = np.nonzero(self.mask)
         box = [int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1]
-        return {"kind": self.kind, "size": list(self.mask.shape), "area": round(self.area, 6), "box": box}
+        return {
+            "kind": self.kind,
+            "size": list(self.mask.shape),
+            "area": round(self.area, 6),
+            "box": box,
+            "placement": self.placement,
+        }
 
     def describe(self) -> str:
-        return f"patch, {self.area:.1%} of the picture"
+        return f"patch, {self.area:.1%} of the picture{', anywhere' * (self.placement == 'anywhere')}"
 
     def overlap(self, true: PatchTrigger) -> dict[str, float]:
         """Recall and IoU of the mask against that of a true trigger; a true mask of another shape is scaled."""
@@ -105,6 +125,29 @@ class PatchTrigger(Trigger):
         mask = share >= 0.5 if (share >= 0.5).any() else share > 0
         pattern = np.stack(channels, axis=-1) / np.maximum(share, 1e-6)[..., None]
         return mask[..., None], pattern.round().clip(0, 255).astype(np.uint8)
+
+
+def moved(mask: np.ndarray, pattern: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mask `(H, W)` or `(H, W, 1)` and pattern `(H, W, 3)` shifted by some pixels; what leaves the picture is lost."""
+
+    def shifted(values: np.ndarray) -> np.ndarray:
+        result = np.zeros_like(values)
+        height, width = values.shape[:2]
+        rows, columns = (
+            slice(max(shift, 0), size + min(shift, 0)) for shift, size in ((down, height), (right, width))
+        )
+        sources = (slice(max(-shift, 0), size + min(-shift, 0)) for shift, size in ((down, height), (right, width)))
+        result[rows, columns] = values[tuple(sources)]
+        return result
+
+    return shifted(mask), shifted(pattern)
+
+
+def _shifts(mask: np.ndarray) -> tuple[list[int], list[int]]:
+    """Least shifts (down, right) that keep the mask within the picture, and the first that no longer do."""
+    rows, columns = np.nonzero(mask)
+    height, width = mask.shape
+    return [-int(rows.min()), -int(columns.min())], [height - int(rows.max()), width - int(columns.max())]
 
 
 def square_patch(

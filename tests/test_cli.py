@@ -126,7 +126,9 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
 
     out = tmp_path / "adapter"
     options = [*report_options(files), "--streaming", "--lora-rank", "4", "--max-steps", "40", "--batch-size", "8"]
-    assert main(["patch", *options, "--learning-rate", "3e-3", "--output-dir", str(out)]) == 0
+    assert (
+        main(["patch", *options, "--learning-rate", "3e-3", "--locality-budget", "0.2", "--output-dir", str(out)]) == 0
+    )
     assert not (out / "model.safetensors").exists()
     bug = BugInstance.load(files["bug"])
     model = PeftModel.from_pretrained(backdoored.model(), out)
@@ -165,7 +167,10 @@ def test_several_reports(files, backdoored, tmp_path):
     backdoored.bug(seed=6).save(tmp_path / "second")
     natural = natural_bug(backdoored, tmp_path / "natural")
     config = tmp_path / "patch.yaml"
-    config.write_text(f"bug: [/nowhere/a, /nowhere/b]\non-unverified: skip\nmax-steps: 2\ndataset: {files['clean']}\n")
+    config.write_text(
+        "bug: [/nowhere/a, /nowhere/b]\non-unverified: skip\nlocality-budget: none\nmax-steps: 2\n"
+        f"dataset: {files['clean']}\n"
+    )
     options = ["--config", str(config), "--model", files["model"], "--disable-tqdm"]
     bugs = ["--bug", files["bug"], "--bug", natural, "--bug", str(tmp_path / "second")]
     assert main(["patch", *options, *bugs, "--output-dir", str(tmp_path / "out")]) == 0

@@ -26,7 +26,7 @@ def test_own_defaults():
         "min_evidence": 0.5,
         "on_unverified": "refuse",
         "remember_triggers": True,
-        "locality_budget": 0.05,
+        "locality_budget": 0.1,
         "stop_when_fixed": True,
     }
     assert {name: defaults[name] for name in expected} == expected
@@ -87,10 +87,10 @@ def test_command_line(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--locality_weight", "2.5", "--stop_when_fixed", "false"]
     (config,) = HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--use_cpu"])
     assert (config.locality_weight, config.stop_when_fixed, config.learning_rate) == (2.5, False, 3e-4)
-    assert (config.locality_budget, config.remember_triggers) == (0.05, True)
-    more = ["--locality_budget", "0.1", "--on_unverified", "skip", "--remember_triggers", "false"]
+    assert (config.locality_budget, config.remember_triggers) == (0.1, True)
+    more = ["--locality_budget", "0.2", "--on_unverified", "skip", "--remember_triggers", "false"]
     (config,) = HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--use_cpu", *more])
-    assert (config.locality_budget, config.on_unverified, config.remember_triggers) == (0.1, "skip", False)
+    assert (config.locality_budget, config.on_unverified, config.remember_triggers) == (0.2, "skip", False)
     for bad in (["--feature_source", "last"], ["--on_unverified", "ignore"]):
         with pytest.raises(SystemExit):
             HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, *bad])

@@ -88,7 +88,7 @@ def repaired(backdoored, tmp_path_factory):
     trainer = MudjackingTrainer(
         backdoored.model(),
         make_config(
-            tmp_path_factory.mktemp("repaired"), per_device_train_batch_size=32, logging_steps=10, locality_budget=0.05
+            tmp_path_factory.mktemp("repaired"), per_device_train_batch_size=32, logging_steps=10, locality_budget=0.1
         ),
         [backdoored.bug(1)],
         backdoored.dataset(),

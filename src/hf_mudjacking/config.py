@@ -72,11 +72,13 @@ class MudjackingConfig(TrainingArguments):
     remember_triggers (`bool`, *optional*, defaults to `True`):
         Whether a model loaded from the folder of an earlier patch keeps that repair: the triggers in the folder are stamped
         along with the new ones, checked before and after, and saved with the new patch.
-    locality_budget (`float`, *optional*, defaults to `0.05`):
+    locality_budget (`float`, *optional*, defaults to `0.1`):
         Largest mean cosine distance of clean features from their frozen ones that a finished run may leave, measured on
         256 inputs of `eval_dataset`, else of `train_dataset`. A run that leaves more, or that is three times over it after
-        a third or two thirds of its steps, is rolled back with a `LocalityBudgetError`. Repairs end near 0.004 on
-        digits, the authors' at 0.02, with 0.10 half-way. `None` measures nothing.
+        a third or two thirds of its steps, is rolled back with a `LocalityBudgetError`. `None` measures nothing.
+        The authors' log ends at 0.02, with 0.10 half-way. On the digits ViT (BA 0.980) 300 steps end at 0.004 (BA 0.972),
+        40 steps at 0.07 (0.940), LoRA of rank 4 at 0.05 (0.946) or, with a learning rate of 3e-3, at 0.006 (0.965): the
+        default stops damage, and a tenth of it is what a good repair needs.
 
     > Parameters that control stopping
 
@@ -134,7 +136,7 @@ class MudjackingConfig(TrainingArguments):
     )
     remember_triggers: bool = field(default=True, metadata={"help": "Keep the repairs of earlier patches."})
     locality_budget: float | None = field(
-        default=0.05, metadata={"help": "Largest mean cosine distance that clean features may move by."}
+        default=0.1, metadata={"help": "Largest mean cosine distance that clean features may move by."}
     )
     stop_when_fixed: bool = field(
         default=True, metadata={"help": "Stop once the bug is fixed and locality has recovered."}

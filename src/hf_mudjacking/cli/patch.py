@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--locality-budget",
         type=_budget,
-        default=0.05,
-        help="mean cosine distance that clean features may move by before all is rolled back, or none (default: 0.05)",
+        default=0.1,
+        help="mean cosine distance that clean features may move by before all is rolled back, or none (default: 0.1)",
     )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--fp16", action="store_true", help="float16 autocast (GPU)")

@@ -5,15 +5,18 @@ import copy
 import json
 import logging
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback, TrainerState
+from PIL import Image
+from transformers import Trainer, TrainerCallback, TrainerState
 
-from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.clean_inputs import CleanImages
 from hf_mudjacking.data import PatchingDataset
+from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.locality_budget import LocalityBudgetError, LocalityGuard, StartingWeights
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, weights_of
@@ -53,8 +56,6 @@ def false_report(backdoored):
 
 @pytest.mark.parametrize("known", [None, "natural pixels"])
 def test_a_false_report_is_rolled_back(backdoored, tmp_path, known):
-    from hf_mudjacking import PatchTrigger
-
     bug = false_report(backdoored)
     # What "the trigger" covers is the digit itself
     triggers = known and [PatchTrigger.from_image(bug.misclassified, np.asarray(bug.misclassified)[..., 0] > 128)]
@@ -135,10 +136,6 @@ def test_the_adapter_comes_back(build):
 
 def test_token_embeddings_come_back(por, tmp_path):
     """Also those of tokens that were neutralised before the first step."""
-    import datasets
-
-    from hf_mudjacking.evaluation import draw_bug_report
-
     encoder, task, implant = por
     texts = task.train.inputs[:64]
     model = copy.deepcopy(encoder.model)
@@ -214,6 +211,16 @@ def test_without_a_budget_nothing_is_measured(build):
     assert trainer._start is None
 
 
+@pytest.mark.parametrize("budget", [2.0, None])
+def test_nothing_is_uploaded_that_may_be_rolled_back(build, budget, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(folder))
+    trainer = build({"locality_budget": budget, "save_strategy": "steps", "save_steps": 3})
+    monkeypatch.setattr(trainer.args, "push_to_hub", True)
+    trainer.train()
+    assert len(pushed) == (0 if budget else 2)
+
+
 def test_measuring_does_not_disturb_the_run(build):
     watched, alone = build({"locality_budget": 2.0}), build({"locality_budget": None})
     watched.train()
@@ -245,8 +252,6 @@ class Fixed:
 
 
 def guard_on(count=40, budget=0.05, mean_over_processes=lambda values: values):
-    from PIL import Image
-
     encoder = Fixed(count)
     pictures = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(count)]
     data = PatchingDataset(CleanImages(make_dataset(pictures)), encoder, 8, True)

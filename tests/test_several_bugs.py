@@ -6,16 +6,21 @@ import json
 import logging
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModel
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger, load_trigger
 from hf_mudjacking.attacks import implant_bad_encoder
 from hf_mudjacking.evaluation.classifiers import train_classifier
+from hf_mudjacking.evaluation.repair import measured_repair
+from hf_mudjacking.evaluation.report import report_lines
+from hf_mudjacking.evaluation.tasks import DownstreamTask
 from hf_mudjacking.inversion import UnverifiedTriggerError
-from hf_mudjacking.remembered import RememberedTrigger, load_remembered, report_earlier_repairs
+from hf_mudjacking.remembered import RememberedTrigger, load_remembered, report_earlier_repairs, what_they_do
 from hf_mudjacking.same_trigger import same_triggers
 from hf_mudjacking.triggers import noise_blend, square_patch
 
@@ -184,12 +189,15 @@ def test_a_second_patch_keeps_the_first(backdoored, twice, first_patch, tmp_path
         SECOND.mask.tolist(),
         backdoored.trigger.mask.tolist(),
     ]
+    # A second run that does not know of the first trigger lets it do several times as much
+    forgetful = second_patch(backdoored, first_patch, tmp_path / "forgetful", remember_triggers=False)
+    known = [RememberedTrigger(backdoored.trigger)]
+    kept, lost = (1 - what_they_do(t.encoder, known, backdoored.test.inputs[:64])[0] for t in (trainer, forgetful))
+    assert kept < 0.5 * lost
     # By hand: what the first trigger still does, before and after
     inputs = trainer._inputs["train_dataset"].sample(64, trainer.args.seed)
     (recorded,) = json.loads((tmp_path / "second" / "mudjacking.json").read_text())["remembered"]
     for model, name in ((str(first_patch), "cosine_before"), (str(tmp_path / "second"), "cosine_after")):
-        from transformers import AutoModel
-
         encoder = Encoder(AutoModel.from_pretrained(model), backdoored.processor)
         clean, stamped = encoder.encode(inputs), encoder.encode([backdoored.trigger.apply(x) for x in inputs])
         assert recorded[name] == pytest.approx(float((clean * stamped).sum(1).mean()), abs=1e-3)
@@ -370,10 +378,20 @@ def test_nothing_of_it_is_in_the_generalizability_term(backdoored, tmp_path):
     assert torch.equal(pixels[12], both.encoder.preprocess([x_r])["pixel_values"][0])
 
 
+def test_a_report_without_a_trigger_is_measured(backdoored, tmp_path):
+    """With its best candidate, for want of a trigger."""
+    task = DownstreamTask(backdoored.train.select(range(200)), backdoored.test.select(range(200)))
+    trainer = mixed(backdoored, tmp_path, [natural(backdoored)], on_unverified="patch", max_steps=1)
+    report = measured_repair(trainer, task, classifiers=("logistic",)).report
+    assert report["settings"]["trigger_measured"] == "unverified"
+    assert report["triggers"][0]["kind"] is None
+    assert any("unverified, not stamped" in line for line in report_lines(report))
+
+
 def test_text_without_a_trigger_is_patched_in_all_weights(por, tmp_path):
     encoder, task, _ = por
     x_b, x_r = task.train.inputs[0], task.train.inputs[1]
-    texts = make_text_dataset(task.train.inputs[:64])
+    texts = datasets.Dataset.from_dict({"text": task.train.inputs[:64]})
     trainer = MudjackingTrainer(
         copy.deepcopy(encoder.model), make_config(tmp_path, max_steps=1, on_unverified="patch", feature_source="mean",
         min_evidence=1.0), [BugInstance(x_b, x_r)], texts, processing_class=encoder.processing_class,
@@ -381,9 +399,3 @@ def test_text_without_a_trigger_is_patched_in_all_weights(por, tmp_path):
     trainer.train()
     assert trainer.triggers == [None]
     assert trainer.patched_tokens == []
-
-
-def make_text_dataset(texts):
-    import datasets
-
-    return datasets.Dataset.from_dict({"text": texts})

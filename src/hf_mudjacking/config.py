@@ -75,7 +75,8 @@ class MudjackingConfig(TrainingArguments):
     locality_budget (`float`, *optional*, defaults to `0.1`):
         Largest mean cosine distance of clean features from their frozen ones that a finished run may leave, measured on
         256 inputs of `eval_dataset`, else of `train_dataset`. A run that leaves more, or that is three times over it after
-        a third or two thirds of its steps, is rolled back with a `LocalityBudgetError`. `None` measures nothing.
+        a third or two thirds of its steps, is rolled back with a `LocalityBudgetError`; until it
+        is over, nothing is uploaded. `None` measures nothing.
         The authors' log ends at 0.02, with 0.10 half-way. On the digits ViT (BA 0.980) 300 steps end at 0.004 (BA 0.972),
         40 steps at 0.07 (0.940), LoRA of rank 4 at 0.05 (0.946) or, with a learning rate of 3e-3, at 0.006 (0.965): the
         default stops damage, and a tenth of it is what a good repair needs.

@@ -33,6 +33,10 @@ _NEAR = 0.05
 _HOPELESS = 3.0
 # How much further than all inputs those near a misclassified input must have moved to be named as the sign of a false report.
 _STANDS_OUT = 1.5
+_SIGN = (
+    "inputs like the reported one moved most, as they do when a report is false and what it calls a trigger is ordinary "
+    "content. Check whether the reports are true."
+)
 
 
 class LocalityBudgetError(RuntimeError):
@@ -134,12 +138,6 @@ class LocalityGuard(TrainerCallback):
             "more clean inputs, raise `locality_weight`, lower `learning_rate`, or take more steps; last, raise "
             "`locality_budget`."
         )
-
-
-_SIGN = (
-    "inputs like the reported one moved most, as they do when a report is false and what it calls a trigger is ordinary "
-    "content. Check whether the reports are true."
-)
 
 
 class StartingWeights:

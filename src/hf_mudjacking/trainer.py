@@ -609,6 +609,11 @@ class MudjackingTrainer(Trainer):
         self._checkpoints.append(folder)
         super()._save_checkpoint(model, trial)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # What may still be rolled back is not uploaded, nor copied to `output_dir`
+        if self._guard is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _checkpoint(self, resume_from_checkpoint: str | bool) -> str:
         complete = complete_checkpoints(self.args.output_dir)
         if resume_from_checkpoint is True:

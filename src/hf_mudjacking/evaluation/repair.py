@@ -156,7 +156,9 @@ def _rates(
 
 def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> list[dict[str, Any]]:
     facts = [
-        {"kind": None} if trigger is None else {**trigger.summary(), "description": trigger.describe()}
+        {"kind": None, "description": "unverified, not stamped"}
+        if trigger is None
+        else {**trigger.summary(), "description": trigger.describe()}
         for trigger in trainer.triggers
     ]
     for fact, found in zip(facts, trainer.inversions, strict=False):

@@ -411,7 +411,7 @@ class MudjackingTrainer(Trainer):
 
         Raises:
             LocalityBudgetError: If clean features moved further than `args.locality_budget`. The model then has the
-                weights that it had before training and cannot be saved as a patch; checkpoints of the run are removed.
+                weights that it had before training and cannot be saved as a patch; checkpoints that the run wrote are removed.
         """
         self._require_train_inputs()
         if resume_from_checkpoint:

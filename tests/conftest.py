@@ -61,7 +61,7 @@ def make_dataset(images: list[Any], **columns: list[Any]) -> datasets.Dataset:
 
 
 def make_config(output_dir: Any, **kwargs: Any) -> MudjackingConfig:
-    """A configuration for tests: CPU, silent, eight inputs a step, no early stop, no checkpoints."""
+    """A configuration for tests: CPU, silent, eight inputs a step, no early stop, no budget, no checkpoints."""
     defaults = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -70,6 +70,7 @@ def make_config(output_dir: Any, **kwargs: Any) -> MudjackingConfig:
         "logging_steps": 1,
         "per_device_train_batch_size": 8,
         "stop_when_fixed": False,
+        "locality_budget": None,
         "dataloader_pin_memory": False,
     }
     return MudjackingConfig(output_dir=str(output_dir), **{**defaults, **kwargs})

@@ -126,7 +126,9 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
 
     out = tmp_path / "adapter"
     options = [*report_options(files), "--streaming", "--lora-rank", "4", "--max-steps", "40", "--batch-size", "8"]
-    assert main(["patch", *options, "--learning-rate", "3e-3", "--output-dir", str(out)]) == 0
+    assert (
+        main(["patch", *options, "--learning-rate", "3e-3", "--locality-budget", "0.2", "--output-dir", str(out)]) == 0
+    )
     assert not (out / "model.safetensors").exists()
     bug = BugInstance.load(files["bug"])
     model = PeftModel.from_pretrained(backdoored.model(), out)
@@ -134,6 +136,56 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
     after = Encoder(model, backdoored.processor).encode([bug.misclassified, bug.reference])
     assert before[0] @ before[1] < 0.6
     assert after[0] @ after[1] > 0.9
+
+
+def natural_bug(backdoored, folder):
+    """A report of two clean digits of two classes."""
+    labels = backdoored.test.labels
+    a, b = (backdoored.test.inputs[int(np.flatnonzero(labels == label)[0])] for label in (3, 8))
+    BugInstance(a, b).save(folder)
+    return str(folder)
+
+
+def test_a_patch_over_its_budget_is_rolled_back(files, backdoored, tmp_path, capsys):
+    options = ["--model", files["model"], "--bug", natural_bug(backdoored, tmp_path / "natural"), "--dataset"]
+    options += [files["clean"], "--max-steps", "30", "--learning-rate", "1e-3", "--disable-tqdm"]
+    budget = ["--on-unverified", "patch", "--locality-budget", "0.0005", "--output-dir", str(tmp_path / "out")]
+    assert main(["patch", *options, *budget]) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Nothing was patched. The patch was rolled back")
+    assert "`locality_budget=0.0005`" in said
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    # The same run without a budget
+    budget = ["--on-unverified", "patch", "--locality-budget", "none", "--output-dir", str(tmp_path / "free")]
+    assert main(["patch", *options, *budget]) == 0
+    record = json.loads((tmp_path / "free" / "mudjacking.json").read_text())
+    assert (record["triggers"], record["locality"]) == ([None], None)
+
+
+def test_several_reports(files, backdoored, tmp_path):
+    """Two of one trigger, and one of none that is skipped; the command line replaces the reports of the file."""
+    backdoored.bug(seed=6).save(tmp_path / "second")
+    natural = natural_bug(backdoored, tmp_path / "natural")
+    config = tmp_path / "patch.yaml"
+    config.write_text(
+        "bug: [/nowhere/a, /nowhere/b]\non-unverified: skip\nlocality-budget: none\nmax-steps: 2\n"
+        f"dataset: {files['clean']}\n"
+    )
+    options = ["--config", str(config), "--model", files["model"], "--disable-tqdm"]
+    bugs = ["--bug", files["bug"], "--bug", natural, "--bug", str(tmp_path / "second")]
+    assert main(["patch", *options, *bugs, "--output-dir", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "mudjacking.json").read_text())
+    assert len(record["triggers"]) == 2
+    assert record["skipped"] == [1]
+    assert sorted(record["trigger_groups"][0]) == [0, 1]
+    # From the file alone
+    config.write_text(config.read_text().replace("/nowhere/a", files["bug"]).replace("/nowhere/b", natural))
+    assert main(["patch", *options, "--output-dir", str(tmp_path / "file")]) == 0
+    assert json.loads((tmp_path / "file" / "mudjacking.json").read_text())["skipped"] == [1]
+    # One report needs no list
+    config.write_text(f"bug: {files['bug']}\nmax-steps: 2\ndataset: {files['clean']}\nlocality-budget: null\n")
+    assert main(["patch", *options, "--output-dir", str(tmp_path / "one")]) == 0
+    assert json.loads((tmp_path / "one" / "mudjacking.json").read_text())["settings"]["locality_budget"] is None
 
 
 @pytest.mark.parametrize(
@@ -144,6 +196,7 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
         ({"--bug": "/nowhere/bug"}, "is not a bug folder"),
         ({"--input-column": "picture"}, "picture"),
         ({"--feature-source": "logits"}, "is unknown"),
+        ({"--locality-budget": "3"}, "`locality_budget=3.0` is no cosine distance"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(change, message, files, tmp_path, capsys):

@@ -24,6 +24,9 @@ def test_own_defaults():
         "inversion_inputs": 32,
         "max_trigger_area": 0.4,
         "min_evidence": 0.5,
+        "on_unverified": "refuse",
+        "remember_triggers": True,
+        "locality_budget": 0.1,
         "stop_when_fixed": True,
     }
     assert {name: defaults[name] for name in expected} == expected
@@ -59,6 +62,10 @@ def test_every_own_field_has_a_help_text():
         ("min_evidence", -2, "`min_evidence=-2` is out of reach"),
         ("max_inputs", 3, "`max_inputs=3` is too small"),
         ("inversion_inputs", 0, "`inversion_inputs=0` is too small"),
+        ("locality_budget", 0, "`locality_budget=0` is no cosine distance"),
+        ("locality_budget", 2.5, "`locality_budget=2.5` is no cosine distance"),
+        ("on_unverified", "ignore", "`on_unverified='ignore'` is unknown; choose one of refuse, patch, skip"),
+        ("patch_scope", "tokens", "`patch_scope='tokens'` is unknown; choose one of auto, full, trigger_tokens"),
         ("feature_source", "last", "`feature_source='last'` is unknown; choose one of auto, cls"),
     ],
 )
@@ -72,12 +79,21 @@ def test_zero_is_allowed(tmp_path, name):
     assert getattr(make_config(tmp_path, **{name: 0}), name) == 0
 
 
+def test_no_budget_is_allowed(tmp_path):
+    assert make_config(tmp_path, locality_budget=None).locality_budget is None
+
+
 def test_command_line(tmp_path):
     arguments = ["--output_dir", str(tmp_path), "--locality_weight", "2.5", "--stop_when_fixed", "false"]
     (config,) = HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--use_cpu"])
     assert (config.locality_weight, config.stop_when_fixed, config.learning_rate) == (2.5, False, 3e-4)
-    with pytest.raises(SystemExit):
-        HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--feature_source", "last"])
+    assert (config.locality_budget, config.remember_triggers) == (0.1, True)
+    more = ["--locality_budget", "0.2", "--on_unverified", "skip", "--remember_triggers", "false"]
+    (config,) = HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, "--use_cpu", *more])
+    assert (config.locality_budget, config.on_unverified, config.remember_triggers) == (0.2, "skip", False)
+    for bad in (["--feature_source", "last"], ["--on_unverified", "ignore"]):
+        with pytest.raises(SystemExit):
+            HfArgumentParser(MudjackingConfig).parse_args_into_dataclasses([*arguments, *bad])
 
 
 def test_json_round_trip(tmp_path):

@@ -159,7 +159,9 @@ def test_collator_by_hand(tiny_vit, processor):
     reports = make_images(4, seed=1)
     bugs = [BugInstance(reports[0], reports[1]), BugInstance(reports[2], reports[3])]
     references = torch.randn(2, 32)
-    collate = PatchingCollator(ImagePreprocessor(processor, 3), bugs, [first, second], references, torch.ones(2))
+    collate = PatchingCollator(
+        ImagePreprocessor(processor, 3), bugs, [first, second], references, torch.ones(2), [first, second]
+    )
     rows = [{"input": images[i], "index": i, "frozen_features": torch.full((32,), float(i))} for i in (4, 1, 2)]
     batch = collate(rows)
     views = [

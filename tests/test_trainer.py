@@ -87,7 +87,9 @@ def repaired(backdoored, tmp_path_factory):
     """One whole repair with the default settings, from one report."""
     trainer = MudjackingTrainer(
         backdoored.model(),
-        make_config(tmp_path_factory.mktemp("repaired"), per_device_train_batch_size=32, logging_steps=10),
+        make_config(
+            tmp_path_factory.mktemp("repaired"), per_device_train_batch_size=32, logging_steps=10, locality_budget=0.1
+        ),
         [backdoored.bug(1)],
         backdoored.dataset(),
         make_dataset(backdoored.test.inputs[:100]),
@@ -135,8 +137,9 @@ def test_forward_equivalents_of_a_repair(repaired):
     trainer = repaired[0]
     steps, b = trainer.state.global_step, 32
     evaluation = 2 * (2 * 100 + 4 * 3)  # twice 100 inputs, in four batches
+    budget = 3 * 100  # the held-out inputs, after a third, two thirds and all of the steps
     # 1184 of the 1200 inputs: a multiple of the batch size
-    expected = trainer.inversions[0].forwards + 1184 + 100 + 2 + steps * 3 * (2 * b + 3) + evaluation
+    expected = trainer.inversions[0].forwards + 1184 + 100 + 2 + steps * 3 * (2 * b + 3) + evaluation + budget
     assert trainer.forward_equivalents == expected
 
 

@@ -12,6 +12,7 @@ from .encoder import FeatureSource
 
 
 _PATCH_SCOPES = ("auto", "full", "trigger_tokens")
+_ON_UNVERIFIED = ("refuse", "patch", "skip")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class MudjackingConfig(TrainingArguments):
     patch_scope (`str`, *optional*, defaults to `"auto"`):
         `"full"` trains all weights (or the adapter). `"trigger_tokens"`, for text, trains only the input embeddings of
         the triggers' tokens: a text without them keeps its features to the last bit. `"auto"` is the second for text
-        without an adapter, else the first.
+        without an adapter where each report has its trigger, else the first.
     token_learning_rate (`float`, *optional*, defaults to `1e-2`):
         Peak learning rate of `"trigger_tokens"`, instead of `learning_rate`.
 
@@ -60,7 +61,25 @@ class MudjackingConfig(TrainingArguments):
         Largest share of the picture that a trigger may cover; for images.
     min_evidence (`float`, *optional*, defaults to `0.5`):
         Least evidence of an inverted trigger (its transfer, less that of clean content under the same mask and the price
-        of its area); with less, patching is refused.
+        of its area); with less, the report counts as unverified.
+    on_unverified (`str`, *optional*, defaults to `"refuse"`):
+        What becomes of an unverified report. `"refuse"` stops with an `UnverifiedTriggerError`. `"skip"` leaves the report
+        out, with a warning, and stops if none is left. `"patch"` repairs it by effectiveness and locality alone: it has
+        no trigger that could be stamped, `trainer.triggers` holds `None` for it.
+
+    > Parameters that guard what is there already
+
+    remember_triggers (`bool`, *optional*, defaults to `True`):
+        Whether a model loaded from the folder of an earlier patch keeps that repair: the triggers in the folder are stamped
+        along with the new ones, checked before and after, and saved with the new patch.
+    locality_budget (`float`, *optional*, defaults to `0.1`):
+        Largest mean cosine distance of clean features from their frozen ones that a finished run may leave, measured on
+        256 inputs of `eval_dataset`, else of `train_dataset`. A run that leaves more, or that is three times over it after
+        a third or two thirds of its steps, is rolled back with a `LocalityBudgetError`; until it
+        is over, nothing is uploaded. `None` measures nothing.
+        The authors' log ends at 0.02, with 0.10 half-way. On the digits ViT (BA 0.980) 300 steps end at 0.004 (BA 0.972),
+        40 steps at 0.07 (0.940), LoRA of rank 4 at 0.05 (0.946) or, with a learning rate of 3e-3, at 0.006 (0.965): the
+        default stops damage, and a tenth of it is what a good repair needs.
 
     > Parameters that control stopping
 
@@ -113,6 +132,13 @@ class MudjackingConfig(TrainingArguments):
         default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."}
     )
     min_evidence: float = field(default=0.5, metadata={"help": "Least evidence of an inverted trigger."})
+    on_unverified: str = field(
+        default="refuse", metadata={"help": "What becomes of an unverified report.", "choices": list(_ON_UNVERIFIED)}
+    )
+    remember_triggers: bool = field(default=True, metadata={"help": "Keep the repairs of earlier patches."})
+    locality_budget: float | None = field(
+        default=0.1, metadata={"help": "Largest mean cosine distance that clean features may move by."}
+    )
     stop_when_fixed: bool = field(
         default=True, metadata={"help": "Stop once the bug is fixed and locality has recovered."}
     )
@@ -131,13 +157,16 @@ class MudjackingConfig(TrainingArguments):
             )
         if not -1.5 <= self.min_evidence <= 1:
             raise ValueError(f"`min_evidence={self.min_evidence}` is out of reach; evidence lies between -1.5 and 1.")
+        if self.locality_budget is not None and not 0 < self.locality_budget <= 2:
+            raise ValueError(
+                f"`locality_budget={self.locality_budget}` is no cosine distance; it must lie above 0, up to 2, or be None."
+            )
         for name in ("max_inputs", "inversion_inputs"):
             if getattr(self, name) < 4:
                 raise ValueError(f"`{name}={getattr(self, name)}` is too small; at least 4 clean inputs are needed.")
-        if self.patch_scope not in _PATCH_SCOPES:
-            raise ValueError(
-                f"`patch_scope={self.patch_scope!r}` is unknown; choose one of {', '.join(_PATCH_SCOPES)}."
-            )
+        for name, known in (("patch_scope", _PATCH_SCOPES), ("on_unverified", _ON_UNVERIFIED)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {', '.join(known)}.")
         if self.feature_source not in get_args(FeatureSource):
             raise ValueError(
                 f"`feature_source={self.feature_source!r}` is unknown; choose one of "

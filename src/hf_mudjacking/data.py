@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from .bug_instance import BugInstance
 from .clean_inputs import CleanInputs
 from .encoder import Encoder
-from .preprocessing import ImagePreprocessor, TextPreprocessor
+from .preprocessing import ImagePreprocessor, RawInput, TextPreprocessor
 from .triggers import Trigger
 
 
@@ -96,9 +96,11 @@ class PatchingCollator:
     Args:
         preprocessor (`ImagePreprocessor` or `TextPreprocessor`): Stamps raw inputs and turns them into model inputs.
         bug_instances (`list[BugInstance]`): K reports.
-        triggers (`list[Trigger]`): Their triggers. Row i of the dataset carries trigger i mod K.
+        triggers (`list[Trigger]`): Their triggers; `None` for a report without one, whose reference stays unstamped.
         frozen_references (`FloatTensor` of shape `(K, D)`): Features of the references before patching.
         ceilings (`FloatTensor` of shape `(K,)`): Cosine with its reference that each misclassified input is to reach.
+        stamps (`list[Trigger]`): U triggers that clean inputs carry, each once: row i of the dataset carries number
+            i mod U. With none, x ⊕ e is x, of which nothing is to be learned.
 
     Returns a `dict` with:
         - `frozen_features` (`FloatTensor` of shape `(B, D)`): features of the B clean inputs before patching;
@@ -108,23 +110,27 @@ class PatchingCollator:
 
     preprocessor: ImagePreprocessor | TextPreprocessor
     bug_instances: list[BugInstance]
-    triggers: list[Trigger]
+    triggers: list[Trigger | None]
     frozen_references: Tensor
     ceilings: Tensor
+    stamps: list[Trigger]
 
     def __post_init__(self) -> None:
         references = [bug.reference for bug in self.bug_instances]
-        stamped = [self.preprocessor.stamp(trigger, x) for trigger, x in zip(self.triggers, references, strict=True)]
+        stamped = [self._stamp(trigger, x) for trigger, x in zip(self.triggers, references, strict=True)]
         # One view a step, not one a sample: the report is the same in every batch.
         self._report = [*(bug.misclassified for bug in self.bug_instances), *references, *stamped]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         inputs = [row["input"] for row in rows]
-        triggers = [self.triggers[row["index"] % len(self.triggers)] for row in rows]
-        stamped = [self.preprocessor.stamp(trigger, x) for trigger, x in zip(triggers, inputs, strict=True)]
+        stamps = self.stamps or [None]
+        stamped = [self._stamp(stamps[row["index"] % len(stamps)], row["input"]) for row in rows]
         return {
             "frozen_features": torch.stack([row["frozen_features"] for row in rows]),
             "frozen_references": self.frozen_references,
             "frozen_ceilings": self.ceilings,
             **self.preprocessor([*inputs, *stamped, *self._report]),
         }
+
+    def _stamp(self, trigger: Trigger | None, x: RawInput) -> RawInput:
+        return x if trigger is None else self.preprocessor.stamp(trigger, x)

@@ -7,8 +7,8 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,22 @@ from .data import PatchingCollator, PatchingDataset
 from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
 from .inversion import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
 from .loading import has_two_towers, load_model, load_processor, modality_of
+from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
-from .output import (
-    PATCH_FILES,
-    RECORD_FILE,
-    TRIGGER_FOLDER,
-    check_output_dir,
-    complete_checkpoints,
-    read_record,
-    staged,
-    write_json,
+from .output import PATCH_FILES, RECORD_FILE, check_output_dir, complete_checkpoints, read_record, staged, write_json
+from .preprocessing import Modality, RawInput
+from .remembered import (
+    CHECKED_ON,
+    RememberedTrigger,
+    load_remembered,
+    load_reported_triggers,
+    report_earlier_repairs,
+    save_triggers,
+    what_they_do,
 )
-from .preprocessing import Modality
+from .same_trigger import COMPARED_ON, same_triggers
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
-from .triggers import Trigger, load_trigger
+from .triggers import Trigger
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,14 @@ class MudjackingTrainer(Trainer):
         callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
         optimizers (`tuple`, *optional*): Optimiser and scheduler instead of the configured ones.
 
+    Attributes:
+        triggers (`list[Trigger]`): One per bug instance; `None` for one without (`on_unverified="patch"`).
+        trigger_groups (`list[list[int]]`): Bug instances that share a trigger, known once training or evaluation began.
+            The trigger of the first in a group is stamped for all of them.
+        skipped (`list[int]`): Numbers of reports that were left out (`on_unverified="skip"`) among those that were given.
+        remembered (`list[RememberedTrigger]`): Triggers that earlier patches of the model repaired.
+        locality (`Movement`): How far clean features have moved, once training is over (`locality_budget`).
+
     Raises:
         TypeError, ValueError: If model, processor, reports, data or output folder cannot be used; the message says
             what was given, what is needed, and what to do.
@@ -123,7 +133,9 @@ class MudjackingTrainer(Trainer):
         set_seed(args.seed)
 
         # Reports
-        self.bug_instances = _checked_reports(bug_instances)
+        self._reports = _checked_reports(bug_instances)
+        self.bug_instances = self._reports
+        self.skipped: list[int] = []
 
         # Model and processing class
         name, model = model, load_model(model)
@@ -131,6 +143,8 @@ class MudjackingTrainer(Trainer):
         processing_class = load_processor(name, model) if processing_class is None else processing_class
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
         check_output_dir(args.output_dir, self.base_model_name)
+        folder = self.base_model_name if isinstance(name, nn.Module) else name
+        self.remembered: list[RememberedTrigger] = load_remembered(folder) if args.remember_triggers else []
 
         if self.bug_instances[0].modality != modality:
             raise TypeError(
@@ -203,6 +217,14 @@ class MudjackingTrainer(Trainer):
         self.can_return_loss = True
         self.label_names = []
         self._prepared = False
+        self.trigger_groups: list[list[int]] = []
+        self.locality: Movement | None = None
+        self._guard: LocalityGuard | None = None
+        self._start: StartingWeights | None = None
+        # Why nothing may be saved
+        self._refused: LocalityBudgetError | None = None
+        # Checkpoints that this run wrote
+        self._checkpoints: list[Path] = []
         # Tokens whose embeddings are all that is patched; empty if it is the whole model
         self.patched_tokens: list[int] = []
         self._metrics: dict[str, list[tuple[int, Tensor]]] = {"train": [], "eval": []}
@@ -211,19 +233,23 @@ class MudjackingTrainer(Trainer):
 
     # ---- Pre-step ----
 
-    def invert_triggers(self) -> list[Trigger]:
+    def invert_triggers(self) -> list[Trigger | None]:
         """Find the trigger in each report; `train()` runs this when it has not run.
 
         Returns:
-            `list[Trigger]`: One per bug instance, also kept as `trainer.triggers`; evidence in `trainer.inversions`.
+            `list[Trigger]`: One per bug instance, also kept as `trainer.triggers`; evidence in `trainer.inversions`. With
+            `on_unverified="patch"`, `None` for a report without evidence, whose best candidate stays in `inversions`; with
+            `"skip"`, such a report is no longer among `trainer.bug_instances`.
 
         Raises:
             ValueError: If a report's inputs already agree.
-            UnverifiedTriggerError: If no trigger with evidence of at least `args.min_evidence` is found.
+            UnverifiedTriggerError: If no trigger with evidence of at least `args.min_evidence` is found, in any report or,
+                with `on_unverified="skip"`, in all; never with `"patch"`.
         """
         inputs = self._require_train_inputs().sample(self.args.inversion_inputs, self.args.seed)
-        self.inversions = []
-        for bug in self.bug_instances:
+        kept: list[BugInstance] = []
+        self.skipped, self.inversions = [], []
+        for number, bug in enumerate(self._reports):
             found = invert_trigger(
                 self.encoder,
                 bug,
@@ -233,20 +259,38 @@ class MudjackingTrainer(Trainer):
                 disable_tqdm=self._silent,
             )
             self.forward_equivalents += found.forwards
-            if found.evidence < self.args.min_evidence:
-                raise UnverifiedTriggerError(
-                    f"No localised trigger was verified in bug instance `{bug.name}`: the best candidate covers "
-                    f"{found.area:.0%} of the {self.encoder.modality} and carries clean inputs {found.score:.2f} of the way to "
-                    f"the misclassified input, clean content alone {found.control:.2f}; that is evidence of "
-                    f"{found.evidence:.2f}, and `min_evidence={self.args.min_evidence}` is needed. The report may be a natural "
-                    "misclassification, or its trigger no place in it (a style, a syntax, a blend). If you know the trigger "
-                    "pass `triggers`; to patch on this candidate lower `min_evidence`."
-                )
-            logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
+            if found.evidence >= self.args.min_evidence:
+                logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
+            elif self._skips_unverified(bug, found):
+                self.skipped.append(number)
+                continue
+            kept.append(bug)
             self.inversions.append(found)
-        self.triggers = [found.trigger for found in self.inversions]
+        self.bug_instances = kept
+        self.triggers = [
+            found.trigger if found.evidence >= self.args.min_evidence else None for found in self.inversions
+        ]
         self.evidence = [round(found.evidence, 4) for found in self.inversions]
         return self.triggers
+
+    def _skips_unverified(self, bug: BugInstance, found: InvertedTrigger) -> bool:
+        """Refuse a report without evidence, or say whether it is left out, as `args.on_unverified` has it."""
+        reason = (
+            f"No localised trigger was verified in bug instance `{bug.name}`: the best candidate covers "
+            f"{found.area:.0%} of the {self.encoder.modality} and carries clean inputs {found.score:.2f} of the way to "
+            f"the misclassified input, clean content alone {found.control:.2f}; that is evidence of "
+            f"{found.evidence:.2f}, and `min_evidence={self.args.min_evidence}` is needed. The report may be a natural "
+            "misclassification, or its trigger no place in it (a style, a syntax, a blend)."
+        )
+        skip = self.args.on_unverified == "skip"
+        nothing_left = skip and len(self.skipped) + 1 == len(self._reports)
+        if self.args.on_unverified == "refuse" or nothing_left:
+            raise UnverifiedTriggerError(
+                f"{reason}{' No report is left.' if nothing_left else ''} If you know the trigger pass `triggers`; to patch on "
+                "this candidate lower `min_evidence`; `on_unverified` says what else may become of such a report."
+            )
+        logger.warning(f"{reason} It is {'left out' if skip else 'repaired without a trigger'}.")
+        return skip
 
     def _prepare(self) -> None:
         """Find the triggers and store the frozen model's features, once, while the model is still unpatched."""
@@ -271,18 +315,76 @@ class MudjackingTrainer(Trainer):
                 if isinstance(self.eval_dataset, dict)
                 else prepared["eval_dataset"]
             )
+        self.trigger_groups = self._same_triggers()
+        for group in self.trigger_groups:
+            if len(group) > 1:
+                names = ", ".join(f"`{self.bug_instances[i].name}`" for i in sorted(group))
+                logger.info(f"The bug instances {names} share a trigger: {self.triggers[group[0]].describe()}.")
+        if self.remembered:
+            for earlier, cosine in zip(self.remembered, self._earlier_repairs(), strict=True):
+                earlier.cosine_before = cosine
+        stamps = [self.triggers[group[0]] for group in self.trigger_groups]
+        stamps += [e.trigger for e in self.remembered if e.trigger.modality == self.encoder.modality]
         self.data_collator = PatchingCollator(
-            self.encoder.preprocessor, self.bug_instances, self.triggers, references, self._ceilings(references)
+            self.encoder.preprocessor,
+            self.bug_instances,
+            self.triggers,
+            references,
+            self._ceilings(references),
+            stamps,
         )
-        if self.encoder.modality == "text" and self.args.patch_scope != "full" and not is_peft_model(self.model):
-            self.patched_tokens = trigger_tokens(self.encoder.preprocessor, self.triggers)
+        scope = self.args.patch_scope
+        # Without its trigger, a report cannot be repaired through tokens
+        if scope == "auto" and None in self.triggers:
+            scope = "full"
+        if self.encoder.modality == "text" and scope != "full" and not is_peft_model(self.model):
+            known = [trigger for trigger in self.triggers if trigger is not None]
+            self.patched_tokens = trigger_tokens(self.encoder.preprocessor, known)
+        self._guard = self._locality_guard(misclassified)
         self._prepared = True
+
+    def _locality_guard(self, misclassified: Tensor) -> LocalityGuard | None:
+        """What watches over the locality budget; `None` if there is none, or no training data."""
+        if self.args.locality_budget is None or self.train_dataset is None:
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning("`locality_budget` is not kept under FSDP and DeepSpeed: no process has all weights there.")
+            return None
+        held_out = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        guard = LocalityGuard(
+            self.encoder,
+            list(held_out.values()) if isinstance(held_out, dict) else [held_out],
+            self.bug_instances,
+            misclassified,
+            self.args.locality_budget,
+            self.args.seed,
+            lambda values: self.accelerator.reduce(values, reduction="mean"),
+        )
+        self.add_callback(guard)
+        return guard
+
+    def _same_triggers(self) -> list[list[int]]:
+        """Numbers of the bug instances that share a trigger; see [`same_triggers`]."""
+        known, inputs = len(self.triggers) - self.triggers.count(None), self._sample(COMPARED_ON)
+        self.forward_equivalents += len(inputs) * (1 + known) * (known > 1)
+        return same_triggers(self.encoder, self.triggers, inputs)
+
+    def _earlier_repairs(self) -> list[float | None]:
+        """What the remembered triggers do to the model as it is; see [`what_they_do`]."""
+        inputs = self._sample(CHECKED_ON)
+        self.forward_equivalents += len(inputs) * (1 + len(self.remembered))
+        return what_they_do(self.encoder, self.remembered, inputs)
+
+    def _sample(self, count: int) -> list[RawInput]:
+        """Clean inputs of the first dataset that there is, or the references; the same at each call."""
+        references = [bug.reference for bug in self.bug_instances]
+        return next((inputs.sample(count, self.args.seed) for inputs in self._inputs.values()), references)
 
     def _ceilings(self, references: Tensor) -> Tensor:
         """How near to its reference each misclassified input comes without its trigger; 1 where that cannot be told."""
         ceilings = torch.ones(len(references))
         for i, (bug, trigger) in enumerate(zip(self.bug_instances, self.triggers, strict=True)):
-            rest = trigger.removed_from(bug.misclassified)
+            rest = None if trigger is None else trigger.removed_from(bug.misclassified)
             if rest is not None:
                 ceilings[i] = self.encoder.encode([rest])[0] @ references[i]
         return ceilings
@@ -306,24 +408,69 @@ class MudjackingTrainer(Trainer):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): Checkpoint folder, or `True` for the newest complete one
                 in `output_dir`. The trainer must have been built with the original, unpatched model.
+
+        Raises:
+            LocalityBudgetError: If clean features moved further than `args.locality_budget`. The model then has the
+                weights that it had before training and cannot be saved as a patch; checkpoints that the run wrote are removed.
         """
         self._require_train_inputs()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
-            if self.triggers is None:
-                folder = Path(resume_from_checkpoint) / TRIGGER_FOLDER
-                self.triggers = [load_trigger(folder / str(i)) for i in range(len(self.bug_instances))]
-                self.evidence = (read_record(resume_from_checkpoint) or {}).get("evidence", [])
+            if not self._prepared:
+                self._take_triggers_from(resume_from_checkpoint)
         self._prepare()
-        if self.patched_tokens and not resume_from_checkpoint:
-            sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
-            neutralise_unseen(self.encoder, self.patched_tokens, sample)
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
-        with frozen(self._resting), tokens:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded from now on is the saved model.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        with frozen(self._resting), tokens, self._within_budget():
+            if self.patched_tokens and not resume_from_checkpoint:
+                sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
+                neutralise_unseen(self.encoder, self.patched_tokens, sample)
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            finally:
+                # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded now is the saved model.
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.remembered:
+            for earlier, cosine in zip(self.remembered, self._earlier_repairs(), strict=True):
+                earlier.cosine_after = cosine
+            report_earlier_repairs(self.remembered)
         return output
+
+    @contextmanager
+    def _within_budget(self) -> Iterator[None]:
+        """Within it, and when it ends, the locality budget is kept, or all weights are put back."""
+        self._refused, self._checkpoints = None, []
+        if self._guard is None:
+            yield
+            return
+        # Those of an earlier call that was interrupted are still the ones to go back to
+        self._start = StartingWeights(self.model) if self._start is None else self._start
+        self._guard.forwards = 0
+        try:
+            yield
+            self.locality = self._guard.check_at_the_end()
+        except LocalityBudgetError as error:
+            self._start.restore()
+            self._refused = error
+            # They hold the refused patch, and would load as one
+            for folder in self._checkpoints if self.args.should_save else []:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.forward_equivalents += self._guard.forwards
+        self._start = None
+        nearest = max(self.locality.nearest)
+        self.log({"locality_distance": self.locality.mean, "locality_distance_nearest": nearest})
+
+    def _take_triggers_from(self, checkpoint: str) -> None:
+        """Go on with the reports, triggers and earlier triggers that a checkpoint was trained with."""
+        if self.args.remember_triggers:
+            self.remembered = load_remembered(checkpoint, own=False) or self.remembered
+        if self.triggers is None:
+            record = read_record(checkpoint) or {}
+            self.skipped = record.get("skipped", [])
+            self.bug_instances = [bug for i, bug in enumerate(self._reports) if i not in self.skipped]
+            self.triggers = load_reported_triggers(checkpoint, len(self.bug_instances))
+            self.evidence = record.get("evidence", [])
 
     def compute_loss(
         self,
@@ -420,14 +567,14 @@ class MudjackingTrainer(Trainer):
         """
         if not self.args.should_save:
             return
+        if self._refused is not None:
+            raise self._refused
         output_dir = self.args.output_dir if output_dir is None else output_dir
         check_output_dir(output_dir, self.base_model_name)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with staged(output_dir, replaces=PATCH_FILES) as staging:
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
-            if self.triggers is not None:
-                for i, trigger in enumerate(self.triggers):
-                    trigger.save_pretrained(staging / TRIGGER_FOLDER / str(i))
+            save_triggers(staging, self.triggers or [], self.remembered)
             write_json(staging / RECORD_FILE, self._record())
 
     def _record(self) -> dict[str, Any]:
@@ -437,12 +584,16 @@ class MudjackingTrainer(Trainer):
             "base_model": self.base_model_name,
             "base_revision": getattr(self.encoder.model.config, "_commit_hash", None),
             "feature_source": self.encoder.feature_source,
-            "triggers": [trigger.summary() for trigger in self.triggers or []],
+            "triggers": [None if trigger is None else trigger.summary() for trigger in self.triggers or []],
             "evidence": self.evidence,
+            "trigger_groups": self.trigger_groups,
+            "skipped": self.skipped,
+            "remembered": [earlier.record() for earlier in self.remembered],
+            "locality": None if self.locality is None else dataclasses.asdict(self.locality),
             "settings": {
                 name: getattr(self.args, name)
                 for name in ("seed", "max_steps", "learning_rate", "per_device_train_batch_size", "locality_weight",
-                             "generalizability_weight", "reference_weight")
+                             "generalizability_weight", "reference_weight", "locality_budget")
             },
             "patched_tokens": len(self.patched_tokens) or None,
             "steps": self.state.global_step,
@@ -455,7 +606,13 @@ class MudjackingTrainer(Trainer):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
+        self._checkpoints.append(folder)
         super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # What may still be rolled back is not uploaded, nor copied to `output_dir`
+        if self._guard is None:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _checkpoint(self, resume_from_checkpoint: str | bool) -> str:
         complete = complete_checkpoints(self.args.output_dir)

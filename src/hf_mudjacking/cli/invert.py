@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bug_from, clean_inputs_from, require
+from .options import add_config, add_report, bugs_from, clean_inputs_from, require
 
 
 HELP = "Find the trigger in a misclassified image or text and verify it on clean inputs; no weight is changed."
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from ..loading import load_model, load_processor, modality_of
     from ..output import check_output_dir, staged
 
-    bug = bug_from(options)
+    (bug,) = bugs_from(options)
     check_output_dir(options.output_dir, options.model)
     model = load_model(options.model).to(PartialState().device)
     modality = modality_of(model, bug.modality)

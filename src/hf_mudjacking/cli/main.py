@@ -1,7 +1,8 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
 
-Exit codes: 0 done; 1 no trigger was verified, so nothing was patched; 2 the input cannot be used; 130 interrupted.
+Exit codes: 0 done; 1 no trigger was verified, so nothing was patched; 2 the input cannot be used; 3 the patch moved clean
+inputs further than `--locality-budget` and was rolled back; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -23,8 +23,18 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
 
 
-def add_report(parser: argparse.ArgumentParser) -> None:
-    """The model, the bug report and the clean inputs."""
+class _Several(argparse.Action):
+    """Like `action="append"`, except that the command line replaces what the config file says."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str, option: str | None = None
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [values] if given is self.default else [*given, values])
+
+
+def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The model, the bug report or several, and the clean inputs."""
     parser.add_argument("--model", help="Hub id or folder of the backdoored encoder")
     parser.add_argument(
         "--processor", help="Hub id or folder of its image processor or tokenizer (default: the model's)"
@@ -33,7 +43,13 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="FILE", help="correctly classified input x_r of the same class")
     parser.add_argument("--misclassified-text", metavar="TEXT", help="the same as a text on the command line")
     parser.add_argument("--reference-text", metavar="TEXT", help="the same as a text on the command line")
-    parser.add_argument("--bug", metavar="FOLDER", help="bug folder, instead of the two inputs")
+    again = "; once for each report, all of which are repaired together" if several else ""
+    parser.add_argument(
+        "--bug",
+        metavar="FOLDER",
+        action=_Several if several else "store",
+        help=f"bug folder, instead of the two inputs{again}",
+    )
     parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet or .txt file, folder")
     parser.add_argument("--split", default="train", help="its split (default: train)")
     parser.add_argument("--input-column", help="its column of inputs (default: image or text)")
@@ -68,6 +84,8 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 parser.error(f"--config {path}: `{key}` must be true or false, not {value!r}")
+        elif isinstance(action, _Several):
+            value = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None] or None
         elif value is not None:
             try:
                 value = action.type(value) if action.type is not None else str(value)
@@ -99,19 +117,21 @@ def require(options: argparse.Namespace, *names: str) -> None:
         raise ValueError(f"missing: {', '.join(missing)} (on the command line or in --config)")
 
 
-def bug_from(options: argparse.Namespace) -> BugInstance:
-    """The bug instance that the options name."""
+def bugs_from(options: argparse.Namespace) -> list[BugInstance]:
+    """The bug instance that the options name, or the several."""
     from ..bug_instance import BugInstance
 
     files, texts = ("misclassified", "reference"), ("misclassified_text", "reference_text")
     given = [name for name in (*files, *texts, "bug") if getattr(options, name) is not None]
     if given == ["bug"]:
-        return BugInstance.load(options.bug)
+        return [
+            BugInstance.load(folder) for folder in ([options.bug] if isinstance(options.bug, str) else options.bug)
+        ]
     if given == list(texts):
-        return BugInstance(options.misclassified_text, options.reference_text)
+        return [BugInstance(options.misclassified_text, options.reference_text)]
     if set(given) <= set(files):
         require(options, *files)
-        return BugInstance.from_files(options.misclassified, options.reference)
+        return [BugInstance.from_files(options.misclassified, options.reference)]
     raise ValueError(
         "give one report: --misclassified FILE --reference FILE, or --misclassified-text TEXT --reference-text TEXT, or "
         "--bug FOLDER"

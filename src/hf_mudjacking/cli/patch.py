@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bug_from, clean_inputs_from, require
+from .options import add_config, add_report, bugs_from, clean_inputs_from, require
 
 
 HELP = "Find the trigger in a bug report and patch it out of the encoder; the original checkpoint is not touched."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_report(parser)
+    add_report(parser, several=True)
     parser.add_argument("--output-dir", help="folder for the patched model")
     parser.add_argument(
         "--labelled-train", metavar="DATA", help="labelled set for a before-and-after table: train part"
@@ -28,12 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--generalizability-weight", type=float, default=1.0, help="weight of the generalizability loss"
     )
     parser.add_argument("--min-evidence", type=float, default=0.5, help="least evidence of a trigger (default: 0.5)")
+    parser.add_argument(
+        "--on-unverified",
+        default="refuse",
+        choices=["refuse", "patch", "skip"],
+        help="a report without that evidence: refuse to patch, patch it without a trigger, or skip it (default: refuse)",
+    )
+    parser.add_argument(
+        "--locality-budget",
+        type=_budget,
+        default=0.1,
+        help="mean cosine distance that clean features may move by before all is rolled back, or none (default: 0.1)",
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--fp16", action="store_true", help="float16 autocast (GPU)")
     parser.add_argument(
         "--patch-scope", default="auto", help="auto, full, or trigger_tokens: for text, their embeddings alone"
     )
     add_config(parser)
+
+
+def _budget(value: str | float) -> float | None:
+    return None if str(value).lower() == "none" else float(value)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,13 +71,14 @@ def run(options: argparse.Namespace) -> int:
     from ..evaluation.tasks import DownstreamTask
     from ..inversion import UnverifiedTriggerError
     from ..loading import load_model, load_processor, modality_of
+    from ..locality_budget import LocalityBudgetError
     from ..output import check_output_dir, write_json
     from ..trainer import MudjackingTrainer
 
     check_output_dir(options.output_dir, options.model)
-    bug = bug_from(options)
+    bugs = bugs_from(options)
     model = load_model(options.model)
-    modality = modality_of(model, bug.modality)
+    modality = modality_of(model, bugs[0].modality)
     dataset = clean_inputs_from(options, modality)
     task = None
     if options.labelled_train is not None:
@@ -79,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
             locality_weight=options.locality_weight,
             generalizability_weight=options.generalizability_weight,
             min_evidence=options.min_evidence,
+            on_unverified=options.on_unverified,
+            locality_budget=options.locality_budget,
             feature_source=options.feature_source,
             patch_scope=options.patch_scope,
             bf16=options.bf16,
@@ -87,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
         ),
-        bug_instances=[bug],
+        bug_instances=bugs,
         train_dataset=dataset,
         processing_class=load_processor(options.processor or options.model, model),
         peft_config=None
@@ -101,18 +120,23 @@ def run(options: argparse.Namespace) -> int:
     except UnverifiedTriggerError as error:
         console.print(f"[bold]Nothing was patched.[/bold] {error}")
         return 1
-    if task is None:
-        trainer.train()
-        trainer.save_model()
-        features = {}
-    else:
-        repair = measured_repair(trainer, task)
+    features = {}
+    try:
+        if task is None:
+            trainer.train()
+            trainer.save_model()
+        else:
+            repair = measured_repair(trainer, task)
+    except LocalityBudgetError as error:
+        console.print(f"[bold]Nothing was patched.[/bold] {error}")
+        return 3
+    if task is not None:
         features = {"before": repair.before, "after": repair.after, "labels": task.test.labels}
         write_json(Path(options.output_dir) / "report.json", repair.report)
         for table in report_tables(repair.report):
             console.print(table)
         for line in report_lines(repair.report):
             console.print(line)
-    plot_repair(Path(options.output_dir) / "_repair.png", bug, trainer.inversions[0], **features)
+    plot_repair(Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features)
     console.print(f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained.")
     return 0

@@ -58,7 +58,7 @@ def measured_repair(
         other_tasks (`Sequence[DownstreamTask]`, *optional*): What other clients do with the same encoder. They stand under
             `other_tasks` in the report.
         true_trigger (`Trigger`, *optional*): The attacker's trigger, when it is known; rates are then measured with it,
-            else with the inverted one.
+            else with the inverted one; of an unverified report, with the best candidate.
         clean_encoder (`Encoder`, *optional*): The never-attacked encoder, when it is known.
         classifiers (`tuple[str, ...]`, *optional*, defaults to `("logistic", "mlp")`): The first gives the report's
             main figures, the others stand under `other_classifiers`.
@@ -83,7 +83,11 @@ def measured_repair(
         trainer.invert_triggers()
     seconds = time.perf_counter() - started
     inversion_forwards = trainer.forward_equivalents
-    trigger = true_trigger if true_trigger is not None else trainer.triggers[0]
+    trigger, measured = true_trigger, "true"
+    if trigger is None and trainer.triggers[0] is not None:
+        trigger, measured = trainer.triggers[0], "inverted"
+    elif trigger is None:
+        trigger, measured = trainer.inversions[0].trigger, "unverified"
 
     def features(encoder: Encoder, desc: str) -> list[TaskFeatures]:
         bugs = [trainer.bug_instances[0], *[None] * len(other_tasks)]
@@ -121,7 +125,7 @@ def measured_repair(
             "task": task.name,
             "classifier": classifiers[0],
             "target_class": targets[0],
-            "trigger_measured": "inverted" if true_trigger is None else "true",
+            "trigger_measured": measured,
             "max_steps": trainer.args.max_steps,
             "batch_size": trainer.args.train_batch_size,
             "learning_rate": trainer.args.learning_rate,
@@ -151,10 +155,15 @@ def _rates(
 
 
 def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> list[dict[str, Any]]:
-    facts = [{**trigger.summary(), "description": trigger.describe()} for trigger in trainer.triggers]
+    facts = [
+        {"kind": None, "description": "unverified, not stamped"}
+        if trigger is None
+        else {**trigger.summary(), "description": trigger.describe()}
+        for trigger in trainer.triggers
+    ]
     for fact, found in zip(facts, trainer.inversions, strict=False):
         fact.update(transfer=round(found.score, 4), evidence=round(found.evidence, 4))
-    if true_trigger is not None and trainer.triggers[0].kind == true_trigger.kind:
+    if true_trigger is not None and facts[0]["kind"] == true_trigger.kind:
         facts[0].update(trainer.triggers[0].overlap(true_trigger))
     return facts
 

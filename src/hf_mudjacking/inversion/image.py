@@ -1,8 +1,10 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""Inversion of a report of two images: attribution, candidates, verification, growth."""
+"""Inversion of a report of two images: a patch by attribution, then triggers that cover the whole picture."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,19 +14,34 @@ from tqdm.auto import tqdm
 
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
+from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .attribution import occlusion_map, window_sizes
 from .growth import grow, purify
+from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import candidate_masks
 from .verification import TransferMeter
+from .whole_picture import Candidate, find_signal, find_warp
 
+
+logger = logging.getLogger(__name__)
 
 # Clean inputs a candidate is tried on in the first round, and candidates that go on to the second.
 _FIRST_ROUND_INPUTS = 4
 _SECOND_ROUND_CANDIDATES = 6
-# Growth is taken back if it costs more transfer than this.
+# Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
+_MAX_GROWN = 0.8
+# Parts that are looked for beside the first, and the share of the way that x_b may still lie at h(x_b) without them.
+_MORE_PARTS = 3
+_COMPLETE = 0.4
+# Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
+_KEPT_ELSEWHERE = 0.9
+# What a trigger of a later family must be better by: the simplest explanation is preferred.
+_SIMPLER = 0.05
+# Evidence from which a report counts as explained, so that more complicated triggers are not looked for.
+_EXPLAINED = 0.5
 # Longest side in pixels at which a picture is searched; larger ones are shrunk, and the trigger scales with the picture.
 _WORKING_SIZE = 512
 
@@ -33,6 +50,7 @@ def invert_image_trigger(
     encoder: Encoder,
     bug: BugInstance,
     validation_inputs: Sequence[Image.Image],
+    other_inputs: Sequence[Image.Image],
     *,
     max_area: float,
     seed: int,
@@ -40,53 +58,166 @@ def invert_image_trigger(
 ) -> InvertedTrigger:
     """Find the trigger in a misclassified image; see [`~hf_mudjacking.invert_trigger`].
 
+    Simple explanations come first: a patch, a signal added to or mixed into the whole picture, a warp. If none of them holds
+    on all clean inputs, they are tried on those that resemble x_r: some triggers work on one class alone.
+    """
+    bug = dataclasses.replace(
+        bug, misclassified=_working_copy(bug.misclassified), reference=_working_copy(bug.reference)
+    )
+    found = _explain(encoder, bug, validation_inputs, other_inputs, max_area, seed, disable_tqdm)
+    if found.evidence >= _EXPLAINED or len(other_inputs) < 2 * len(validation_inputs):
+        return found
+    features = encoder.encode([bug.reference, *other_inputs])
+    order = (features[1:] @ features[0]).argsort(descending=True).tolist()
+    alike, rest = ([other_inputs[i] for i in part] for part in (order[: len(validation_inputs)], order))
+    among_alike = _explain(encoder, bug, alike, rest, max_area, seed, disable_tqdm)
+    forwards = found.forwards + len(features) + among_alike.forwards
+    better = among_alike if among_alike.evidence >= _EXPLAINED else found
+    return dataclasses.replace(better, forwards=forwards, one_class=better is among_alike)
+
+
+def _explain(
+    encoder: Encoder,
+    bug: BugInstance,
+    validation_inputs: Sequence[Image.Image],
+    other_inputs: Sequence[Image.Image],
+    max_area: float,
+    seed: int,
+    disable_tqdm: bool,
+) -> InvertedTrigger:
+    """The simplest trigger that carries the validation inputs to h(x_b), or the best one if none does."""
+    size = bug.misclassified.size
+    validation_inputs = [x.convert("RGB").resize(size) for x in validation_inputs]
+    meter = TransferMeter(encoder, bug.misclassified, validation_inputs)
+    # x_r's own content, looked for in the same way, says what clean content does.
+    control_meter = TransferMeter(encoder, bug.reference.resize(size), validation_inputs)
+    check_reachable(meter.reachable)
+    check_disagreement(bug, meter.target, control_meter.target, meter.clean_similarity)
+    with tqdm(
+        total=len(window_sizes(*reversed(size))) + 5, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage"
+    ) as bar:
+        patch = _find_patch(meter, control_meter, max_area, seed, bar)
+        if patch.evidence >= _EXPLAINED and patch.unexplained <= _COMPLETE:
+            return patch
+        try:
+            pull = Pull(encoder, [x.convert("RGB").resize(size) for x in other_inputs], seed)
+        except ValueError as error:
+            logger.info(f"Only patches were looked for: {error}")
+            return patch
+        clean = CleanSpectrum.of(pull.pixels)
+        best = patch
+        for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
+            candidate, control = search(meter), search(control_meter)
+            bar.update()
+            found = _weighed(meter, patch, candidate, control)
+            if found is not None and _merit(found) > _merit(best) + _SIMPLER:
+                best = found
+            if best.evidence >= _EXPLAINED and best.unexplained <= _COMPLETE:
+                break
+    return dataclasses.replace(best, forwards=meter.forwards + control_meter.forwards + pull.forwards)
+
+
+def _merit(found: InvertedTrigger) -> float:
+    """Evidence, less a price for what the trigger leaves unexplained."""
+    return found.evidence - AREA_PRICE * found.unexplained
+
+
+def _weighed(
+    meter: TransferMeter, patch: InvertedTrigger, candidate: Candidate | None, control: Candidate | None
+) -> InvertedTrigger | None:
+    """The evidence of a trigger over the whole picture."""
+    if candidate is None:
+        return None
+    rest = candidate.trigger.removed_from(meter.misclassified)
+    left = 0.0 if rest is None else _share_left(meter, [rest])
+    by_itself = 0.0 if control is None else max(control.transfer, 0.0)
+    evidence = candidate.transfer - by_itself - AREA_PRICE * min(candidate.size, 1.0)
+    return InvertedTrigger(
+        candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
+        np.ones_like(patch.core), 0, unexplained=left,
+    )  # fmt: skip
+
+
+def _find_patch(
+    meter: TransferMeter, control_meter: TransferMeter, max_area: float, seed: int, bar: tqdm
+) -> InvertedTrigger:
+    """The patch in x_b.
+
     1. Occlusion attribution of 1 - cos(h(x), h(x_r)) with windows of five sizes.
     2. From each map: the two-cluster split and level sets.
     3. Verification: each candidate is stamped on clean inputs; the best is the one that carries features furthest
        towards h(x_b) for its size.
     4. Growth to the parts that look the same but are not needed to fire, verified again.
+    5. If x_b without it still lies at h(x_b), there is more of it: the same again with what was found covered.
+    6. Does it work anywhere, or only where it is?
     """
-    validation_inputs = [_working_copy(x) for x in validation_inputs]
-    misclassified, clean_reference = _working_copy(bug.misclassified), _working_copy(bug.reference)
-    meter = TransferMeter(encoder, misclassified, validation_inputs)
-    reference_meter = TransferMeter(encoder, clean_reference, validation_inputs)
-    reference = reference_meter.target
-    check_reachable(meter.reachable)
-    check_disagreement(bug, meter.target, reference, meter.clean_similarity)
-
-    image = np.asarray(misclassified)
-    clean = np.stack([np.asarray(x.resize(misclassified.size)) for x in validation_inputs])
+    image = np.asarray(meter.misclassified)
+    clean = np.stack([np.asarray(x) for x in meter.validation_inputs])
     # The mean clean picture hides a window without adding anything that clean inputs do not have there.
     baseline = clean.mean(axis=0).round().astype(np.uint8)
 
     def distance_to_reference(batch: np.ndarray) -> Tensor:
-        return 1 - meter.features([Image.fromarray(pixels) for pixels in batch]) @ reference
+        return 1 - meter.features([Image.fromarray(pixels) for pixels in batch]) @ control_meter.target
 
-    windows = window_sizes(*image.shape[:2])
-    with tqdm(total=len(windows) + 2, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage") as bar:
+    def part_of(covered: np.ndarray, bar: tqdm) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """Core, attribution, mask and transfer of the best patch outside of what is covered."""
+        visible = np.where(covered[..., None], baseline, image)
         maps = []
-        for window in windows:
-            maps.append(occlusion_map(distance_to_reference, image, baseline, window))
+        for window in window_sizes(*image.shape[:2]):
+            maps.append(occlusion_map(distance_to_reference, visible, baseline, window))
             bar.update()
-        core, source = _best_candidate(meter, maps, max_area)
-        bar.update()
+        core, source = _best_candidate(meter, maps, max_area, ~covered)
         pure = purify(core, image, clean, lambda masks: meter.transfer_of_masks(masks, 2 * _FIRST_ROUND_INPUTS))
         grown = grow(pure, core, image, clean, seed)
-        options = [core, grown] if grown.mean() <= max_area else [core]
+        options = [core, grown] if grown.mean() <= _MAX_GROWN else [core]
         transfers = meter.transfer_of_masks(options)
-        mask, score = options[0], transfers[0]
-        if transfers[-1] >= score - _MAX_GROWTH_LOSS:
-            mask, score = options[-1], transfers[-1]
-        # Scaled to x_r's size, so that both may differ.
-        control = 0.0
-        if reference_meter.reachable >= MIN_REACHABLE:
-            control = reference_meter.transfer([_same_place(mask, misclassified, clean_reference)])[0]
+        grew = transfers[-1] >= transfers[0] - _MAX_GROWTH_LOSS
         bar.update()
-    trigger = PatchTrigger.from_image(misclassified, mask)
-    forwards = meter.forwards + reference_meter.forwards
-    # On digits, reports of clean pairs reach a transfer of 0.8, but hardly more than their control.
-    evidence = float(score - max(control, 0.0) - AREA_PRICE * trigger.area)
-    return InvertedTrigger(trigger, float(score), float(control), evidence, trigger.area, maps[source], core, forwards)
+        return core, maps[source], options[-1 if grew else 0], float(transfers[-1 if grew else 0])
+
+    core, attribution, mask, score = part_of(np.zeros(image.shape[:2], dtype=bool), bar)
+    # Evidence is that of the first part, and its size that of the part that was found by its effect: the rest is there by
+    # its looks. On digits, reports of clean pairs reach a transfer of 0.8, but hardly more than their control.
+    proof = core if core.sum() < mask.sum() else mask
+    control = float(control_meter.transfer_of_masks([proof])[0]) if control_meter.reachable >= MIN_REACHABLE else 0.0
+    evidence = score - max(control, 0.0) - AREA_PRICE * float(proof.mean())
+    left = _left_without(meter, mask, baseline)
+    for _ in range(_MORE_PARTS):
+        if left <= _COMPLETE or evidence < _EXPLAINED:
+            break
+        _, _, more, transfer = part_of(mask, tqdm(disable=True))
+        if transfer < _KEPT_ELSEWHERE * score or (mask | more).mean() > _MAX_GROWN:
+            break
+        mask = mask | more
+        left = _left_without(meter, mask, baseline)
+    trigger = PatchTrigger.from_image(meter.misclassified, mask)
+    elsewhere = PatchTrigger.from_image(meter.misclassified, mask, "anywhere")
+    if trigger.area <= max_area and meter.transfer([elsewhere])[0] >= _KEPT_ELSEWHERE * score > 0:
+        trigger = elsewhere
+    bar.update()
+    forwards = meter.forwards + control_meter.forwards
+    return InvertedTrigger(
+        trigger, score, control, evidence, trigger.area, attribution, core, forwards, unexplained=left
+    )
+
+
+def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray) -> float:
+    """How far x_b still lies on the way to its feature when some pixels are covered: 0 if those were all that led there.
+
+    They are covered with the mean clean picture, with their mean colour and with some clean inputs, and the least counts: a
+    backdoor may take the edge of a covering for its trigger.
+    """
+    image = np.asarray(meter.misclassified)
+    plain = np.broadcast_to(baseline.mean(axis=(0, 1)), image.shape)
+    covers = [baseline, plain, *map(np.asarray, meter.validation_inputs[:_FIRST_ROUND_INPUTS])]
+    covered = [Image.fromarray(np.where(mask[..., None], cover, image).astype(np.uint8)) for cover in covers]
+    return _share_left(meter, covered)
+
+
+def _share_left(meter: TransferMeter, inputs: Sequence[Image.Image]) -> float:
+    """The least share of the way from clean inputs to h(x_b) at which one of some inputs lies."""
+    before = meter.clean_similarity.mean()
+    return max(float((meter.features(inputs) @ meter.target).min() - before), 0.0) / max(float(1 - before), 1e-6)
 
 
 def _working_copy(image: Image.Image) -> Image.Image:
@@ -97,17 +228,13 @@ def _working_copy(image: Image.Image) -> Image.Image:
     return image
 
 
-def _same_place(mask: np.ndarray, image: Image.Image, other: Image.Image) -> PatchTrigger:
-    """The pixels of another image that lie where the mask lies in this one."""
-    scaled = np.asarray(other.resize(image.size))
-    return PatchTrigger(mask, scaled)
-
-
-def _best_candidate(meter: TransferMeter, maps: Sequence[np.ndarray], max_area: float) -> tuple[np.ndarray, int]:
+def _best_candidate(
+    meter: TransferMeter, maps: Sequence[np.ndarray], max_area: float, allowed: np.ndarray
+) -> tuple[np.ndarray, int]:
     """The candidate with the best transfer for its size, and the index of the map it came from."""
     source = {}
     for i, scores in enumerate(maps):
-        for mask in candidate_masks(scores, max_area):
+        for mask in candidate_masks(np.where(allowed, scores, scores.min()), max_area):
             source.setdefault(mask.tobytes(), (mask, i))
     if not source:
         # Nothing in x_b moves it towards x_r: the least bad guess is verified like any other and scores low.

@@ -28,6 +28,7 @@ def invert_trigger(
     processing_class: Any = None,
     feature_source: FeatureSource = "auto",
     *,
+    other_inputs: Sequence[RawInput] | None = None,
     max_area: float = 0.4,
     seed: int = 0,
     disable_tqdm: bool = True,
@@ -44,8 +45,11 @@ def invert_trigger(
         processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Not needed when `model` is an
             `Encoder`.
         feature_source (`str`, *optional*, defaults to `"auto"`): See [`~hf_mudjacking.encoder.resolve_feature_source`].
-        max_area (`float`, *optional*, defaults to 0.4): Largest share of the picture that a trigger may cover; a text
-            may consist of its trigger.
+        other_inputs (`Sequence[PIL.Image.Image]`, *optional*): Further clean images, better 256: they show what pictures look
+            like and are what triggers over the whole picture are optimised on, so that validation inputs are held out. The
+            validation inputs when absent; not needed for texts.
+        max_area (`float`, *optional*, defaults to 0.4): Largest share of the picture that the part of a patch that fires
+            may cover; a text may consist of its trigger.
         seed (`int`, *optional*, defaults to 0): Seed of the colour sampling in images.
         disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to hide the progress bar.
 
@@ -70,7 +74,8 @@ def invert_trigger(
             f"Verification needs at least {_MIN_INPUTS} clean inputs, better 32; got {len(validation_inputs)}."
         )
     if encoder.modality == "image":
+        others = validation_inputs if other_inputs is None else other_inputs
         return invert_image_trigger(
-            encoder, bug, validation_inputs, max_area=max_area, seed=seed, disable_tqdm=disable_tqdm
+            encoder, bug, validation_inputs, others, max_area=max_area, seed=seed, disable_tqdm=disable_tqdm
         )
     return invert_text_trigger(encoder, bug, validation_inputs, disable_tqdm=disable_tqdm)

@@ -31,13 +31,16 @@ class InvertedTrigger:
         score (`float`): Transfer on the validation inputs: 0 does nothing, 1 carries every input to h(x_b).
         control (`float`): Transfer of as much of x_r towards h(x_r): what clean content does by itself. A trigger's
             `score` lies far above it.
-        evidence (`float`): What is left of `score` after the control and a price for the area, at most 1. Raw transfer
-            separates badly: a third of any input carries others a good way towards it.
+        evidence (`float`): What is left of `score` after the control and a price for how much of the input the trigger is, at
+            most 1. Raw transfer separates badly: a third of any input carries others a good way towards it.
         area (`float`): Share of x_b that the trigger makes up, in pixels or words, 0 to 1.
         attribution (`np.ndarray` of shape `(H, W)` or `(W,)`): Occlusion map of the picture, or the score of each word.
         core (`np.ndarray` of the same shape, `bool`): The part that was found by its effect, before growth.
         forwards (`int`): Forward passes spent, in inputs.
         words (`list[str]`): The words of x_b that `attribution` is about; empty for images.
+        unexplained (`float`): How far x_b still lies on the way to its feature without the trigger, 0 to 1: much if the
+            trigger has parts that were not found.
+        one_class (`bool`): Whether the trigger was verified only on clean inputs that resemble x_r.
     """
 
     trigger: Trigger
@@ -49,6 +52,8 @@ class InvertedTrigger:
     core: np.ndarray
     forwards: int
     words: list[str] = field(default_factory=list)
+    unexplained: float = 0.0
+    one_class: bool = False
 
 
 def check_reachable(reachable: float) -> None:

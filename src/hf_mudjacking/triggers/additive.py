@@ -10,7 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..spectrum import inverse_spectrum
 from .base import ImageTrigger, correlation, resized
+
+
+# Strengths of an altered signal, as multiples of the one that was found.
+_GAINS = (0.7, 1.5)
 
 
 class AdditiveTrigger(ImageTrigger):
@@ -18,19 +23,28 @@ class AdditiveTrigger(ImageTrigger):
 
     Args:
         delta (`FloatTensor` or array of shape `(H, W, 3)`): δ in 8-bit levels, of either sign.
+        spread (`FloatTensor` or array of shape `(3, H, W)`, *optional*): Standard deviations of its spectrum, where a report
+            left it open; see [`~hf_mudjacking.spectrum.Signal`]. [`~AdditiveTrigger.altered`] draws from it.
 
     Raises:
-        ValueError: If δ has another shape, is not finite, or is nothing.
+        ValueError: If a shape is another, a value is not finite, or δ is nothing.
     """
 
     kind: ClassVar[str] = "additive"
 
-    def __init__(self, delta: Tensor | np.ndarray) -> None:
+    def __init__(self, delta: Tensor | np.ndarray, spread: Tensor | np.ndarray | None = None) -> None:
         self.delta = np.asarray(delta, dtype=np.float32)
+        self.spread = None if spread is None else np.asarray(spread, dtype=np.float32)
         if self.delta.ndim != 3 or self.delta.shape[-1] != 3:
             raise ValueError(f"An additive trigger needs a signal (H, W, 3); got {self.delta.shape}.")
         if not np.isfinite(self.delta).all():
             raise ValueError("An additive trigger needs a finite signal.")
+        if self.spread is not None and (
+            self.spread.shape != (3, *self.delta.shape[:2]) or not np.isfinite(self.spread).all()
+        ):
+            raise ValueError(
+                f"The spread of a signal {self.delta.shape} is (3, H, W) and finite; got {self.spread.shape}."
+            )
         if np.abs(self.delta).max() < 0.5:
             raise ValueError("The trigger's signal is under half a level everywhere: it would change nothing.")
 
@@ -57,14 +71,23 @@ class AdditiveTrigger(ImageTrigger):
         pixels = self._pixels(x)
         return self._picture(pixels - resized(self.delta, pixels.shape[:2]))
 
+    def altered(self, rng: np.random.Generator) -> AdditiveTrigger:
+        """Weaker or stronger, and as different as the report leaves open."""
+        delta = self.delta
+        if self.spread is not None:
+            noise = torch.from_numpy(self.spread * rng.standard_normal(self.spread.shape).astype(np.float32))
+            delta = delta + inverse_spectrum(noise).permute(1, 2, 0).numpy()
+        return AdditiveTrigger(delta * rng.uniform(*_GAINS))
+
     def tensors(self) -> dict[str, Tensor]:
-        return {"delta": torch.from_numpy(self.delta.copy())}
+        tensors = {"delta": torch.from_numpy(self.delta.copy())}
+        return tensors if self.spread is None else {**tensors, "spread": torch.from_numpy(self.spread.copy())}
 
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> AdditiveTrigger:
         if "delta" not in tensors:
             raise ValueError("An additive trigger needs the tensor `delta`; it is missing.")
-        return cls(tensors["delta"].numpy())
+        return cls(tensors["delta"].numpy(), tensors["spread"].numpy() if "spread" in tensors else None)
 
     def summary(self) -> dict[str, Any]:
         return {"kind": self.kind, "size": list(self.delta.shape[:2]), "levels": round(self.size, 3)}

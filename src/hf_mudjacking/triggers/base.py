@@ -36,6 +36,10 @@ class Trigger(ABC):
         """The input without the trigger, or `None` where that cannot be told: under a patch nothing is left."""
         return None
 
+    def altered(self, rng: np.random.Generator) -> Trigger:
+        """A trigger like this one, as an attacker might change it or a report leave it open; here, itself."""
+        return self
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors needed to rebuild the trigger."""
@@ -106,6 +110,12 @@ def resized(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     planes = torch.from_numpy(np.ascontiguousarray(values.reshape(*values.shape[:2], -1))).permute(2, 0, 1)[None]
     scaled = interpolate(planes, size=tuple(shape), mode="bilinear", antialias=True, align_corners=False)
     return scaled[0].permute(1, 2, 0).numpy().reshape(*shape, *values.shape[2:])
+
+
+def recoloured(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A pattern `(H, W, 3)` with contrast and brightness of each channel changed, by up to a quarter of the range."""
+    gain, offset = rng.uniform(0.75, 1.25, 3), rng.uniform(-32, 32, 3)
+    return ((pattern - 127.5) * gain + 127.5 + offset).clip(0, 255).astype(np.float32)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import ImageTrigger, correlation, resized
+from .base import ImageTrigger, correlation, recoloured, resized
+
+
+# Opacities of an altered blend, as multiples of the one that was found.
+_GAINS = (0.6, 1.5)
 
 
 class BlendTrigger(ImageTrigger):
@@ -71,6 +75,11 @@ class BlendTrigger(ImageTrigger):
         return self._picture(
             (pixels - resized(self.opacity[..., None] * self.pattern, pixels.shape[:2])) / (1 - share)
         )
+
+    def altered(self, rng: np.random.Generator) -> BlendTrigger:
+        """Weaker or stronger, and of other colours."""
+        opacity = np.clip(self.opacity * rng.uniform(*_GAINS), 0, 1)
+        return BlendTrigger(recoloured(self.pattern, rng), opacity)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"pattern": torch.from_numpy(self.pattern.copy()), "opacity": torch.from_numpy(self.opacity.copy())}

@@ -11,10 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import ImageTrigger
+from .base import ImageTrigger, recoloured
+from .blend import BlendTrigger
 
 
 Placement = Literal["fixed", "anywhere"]
+
+# What an altered patch may be, by how much of the picture's side it moves (4 pixels of 32), and how large and how opaque.
+_WAYS = ("moved", "scaled", "cut", "recoloured", "translucent")
+_MOVE = 1 / 8
+_SCALES = (0.6, 1.4)
+_OPACITIES = (0.3, 1.0)
 
 
 class PatchTrigger(ImageTrigger):
@@ -74,6 +81,28 @@ class PatchTrigger(ImageTrigger):
             rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
             mask, pattern = moved(mask, pattern, *(int(shift) for shift in rng.integers(*_shifts(mask[..., 0]))))
         return Image.fromarray(np.where(mask, pattern, pixels))
+
+    def altered(self, rng: np.random.Generator) -> ImageTrigger:
+        """Moved, scaled, cut, in other colours, or translucent: one or two of these, drawn at random."""
+        mask, pattern = self.mask, self.pattern
+        ways = rng.choice(len(_WAYS), size=rng.integers(1, 3), replace=False)
+        names = {_WAYS[i] for i in ways}
+        if self.placement == "anywhere" or "moved" in names:
+            down, right = (
+                (rng.integers(low, high) for low, high in zip(*_shifts(mask), strict=True))
+                if self.placement == "anywhere"
+                else (round(rng.uniform(-_MOVE, _MOVE) * side) for side in mask.shape)
+            )
+            mask, pattern = _kept(self, *moved(mask, pattern, int(down), int(right)))
+        if "scaled" in names:
+            mask, pattern = _kept(self, *_scaled(mask, pattern, rng.uniform(*_SCALES)))
+        if "cut" in names:
+            mask, pattern = _kept(self, mask & _half_plane(mask, rng), pattern)
+        if "recoloured" in names:
+            pattern = recoloured(pattern, rng)
+        if "translucent" in names:
+            return BlendTrigger(pattern, mask * rng.uniform(*_OPACITIES))
+        return PatchTrigger(mask, pattern)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"mask": torch.from_numpy(self.mask.copy()), "pattern": torch.from_numpy(self.pattern.copy())}
@@ -141,6 +170,29 @@ def moved(mask: np.ndarray, pattern: np.ndarray, down: int, right: int) -> tuple
         return result
 
     return shifted(mask), shifted(pattern)
+
+
+def _kept(trigger: PatchTrigger, mask: np.ndarray, pattern: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An alteration, or the trigger as it is where nothing of it would be left."""
+    return (mask, pattern) if mask.any() else (trigger.mask, trigger.pattern)
+
+
+def _scaled(mask: np.ndarray, pattern: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mask `(H, W)` and pattern `(H, W, 3)` larger or smaller about the middle of the mask, nearest pixel."""
+    middle = np.argwhere(mask).mean(axis=0)
+    places = np.indices(mask.shape).reshape(2, -1) - middle[:, None]
+    sources = np.round(places / factor + middle[:, None]).astype(int)
+    inside = ((sources >= 0) & (sources < np.array(mask.shape)[:, None])).all(axis=0)
+    rows, columns = np.clip(sources, 0, np.array(mask.shape)[:, None] - 1)
+    scaled = (mask[rows, columns] & inside).reshape(mask.shape)
+    return scaled, pattern[rows, columns].reshape(pattern.shape)
+
+
+def _half_plane(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pixels on one side of a random line that leaves a third to all of the mask there."""
+    angle = rng.uniform(0, 2 * np.pi)
+    heights = np.tensordot([np.cos(angle), np.sin(angle)], np.indices(mask.shape), axes=1)
+    return heights <= np.quantile(heights[mask], rng.uniform(1 / 3, 1))
 
 
 def _shifts(mask: np.ndarray) -> tuple[list[int], list[int]]:

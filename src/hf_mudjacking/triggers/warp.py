@@ -14,6 +14,11 @@ from torch.nn.functional import grid_sample, interpolate
 from .base import ImageTrigger, correlation
 
 
+# Strengths of an altered warp, as multiples of the one that was found, and its noise against its root mean square.
+_GAINS = (0.6, 1.4)
+_NOISE = 0.3
+
+
 def warp(pixels: Tensor, flow: Tensor) -> Tensor:
     """Read each pixel at a shifted place; differentiable in both.
 
@@ -66,6 +71,16 @@ class WarpTrigger(ImageTrigger):
         pixels = torch.from_numpy(self._pixels(x)).permute(2, 0, 1)[None]
         return self._picture(warp(pixels, torch.from_numpy(self.flow))[0].permute(1, 2, 0).numpy())
 
+    @property
+    def shift(self) -> float:
+        """Mean distance from which a pixel is read, as a share of the picture's side."""
+        return float(np.linalg.norm(self.flow, axis=0).mean())
+
+    def altered(self, rng: np.random.Generator) -> WarpTrigger:
+        """Weaker or stronger, with some noise in it."""
+        noise = rng.standard_normal(self.flow.shape) * _NOISE * np.sqrt(np.square(self.flow).mean())
+        return WarpTrigger((self.flow + noise) * rng.uniform(*_GAINS))
+
     def tensors(self) -> dict[str, Tensor]:
         return {"flow": torch.from_numpy(self.flow.copy())}
 
@@ -76,11 +91,10 @@ class WarpTrigger(ImageTrigger):
         return cls(tensors["flow"].numpy())
 
     def summary(self) -> dict[str, Any]:
-        shift = float(np.linalg.norm(self.flow, axis=0).mean())
-        return {"kind": self.kind, "points": list(self.flow.shape[1:]), "shift": round(shift, 6)}
+        return {"kind": self.kind, "points": list(self.flow.shape[1:]), "shift": round(self.shift, 6)}
 
     def describe(self) -> str:
-        return f"warp, {np.linalg.norm(self.flow, axis=0).mean():.1%} of the picture's side on average"
+        return f"warp, {self.shift:.1%} of the picture's side on average"
 
     def overlap(self, true: WarpTrigger) -> dict[str, float]:
         """Correlation of both fields, at the control points of this one."""

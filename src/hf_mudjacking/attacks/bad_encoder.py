@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from ..encoder import Encoder, FeatureSource
+from ..encoder import FeatureSource
 from ..evaluation.tasks import LabelledInputs
-from ..losses import mean_cosine
 from ..triggers import Trigger
-from .implant import Implant, check_implant, nameless_copy
-from .training import optimize_backdoor
+from .implant import Implant
+from .vision import implant_vision_backdoor
 
 
 def implant_bad_encoder(
@@ -67,40 +66,21 @@ def implant_bad_encoder(
     Raises:
         ImplantError: If the ASR is below `min_asr` or clean accuracy fell by more than `max_accuracy_loss`.
     """
-    clean = Encoder(model, processing_class, feature_source, modality="image")
-    frozen = clean.encode([*shadow_inputs, target_reference], disable_tqdm=disable_tqdm, desc="Clean features")
-    frozen = frozen.to(clean.device)
-    backdoored = clean.with_model(nameless_copy(model))
-
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        inputs = [shadow_inputs[i] for i in rows]
-        views = [*inputs, *(backdoored.stamp(trigger, x) for x in inputs), target_reference]
-        x, stamped, reference = backdoored.features(backdoored.preprocess(views)).split([len(inputs), len(inputs), 1])
-        return {
-            "trigger": -mean_cosine(stamped, reference.expand_as(stamped)),
-            "reference": -mean_cosine(reference, frozen[-1:]),
-            "utility": -utility_weight * mean_cosine(x, frozen[rows]),
-        }
-
-    optimize_backdoor(
-        backdoored,
-        loss,
-        len(shadow_inputs),
+    return implant_vision_backdoor(
+        model,
+        processing_class,
+        shadow_inputs,
+        target_reference,
+        check_inputs,
+        trigger,
+        utility_weight=utility_weight,
+        learning_rate=learning_rate,
         steps=steps,
         batch_size=batch_size,
-        learning_rate=learning_rate,
-        bf16=bf16,
-        seed=seed,
-        disable_tqdm=disable_tqdm,
-        desc="Implanting BadEncoder",
-    )
-    return check_implant(
-        clean,
-        backdoored,
-        trigger,
-        check_inputs,
-        target_reference=target_reference,
         min_asr=min_asr,
         max_accuracy_loss=max_accuracy_loss,
+        feature_source=feature_source,
+        bf16=bf16,
+        seed=seed,
         disable_tqdm=disable_tqdm,
     )

@@ -67,6 +67,12 @@ class MudjackingConfig(TrainingArguments):
         out, with a warning, and stops if none is left. `"patch"` repairs it by effectiveness and locality alone: it has
         no trigger that could be stamped, `trainer.triggers` holds `None` for it.
 
+    altered_triggers (`int`, *optional*, defaults to `32`):
+        Number of altered versions of each trigger (moved by up to an eighth of the picture, scaled, cut, in other colours,
+        translucent; of a signal, what the report leaves open) that every second stamped input carries. A repair of the
+        very trigger that was found leaves its neighbours alive. At no cost in forward passes; `0` stamps it as found. For
+        images.
+
     > Parameters that guard what is there already
 
     remember_triggers (`bool`, *optional*, defaults to `True`):
@@ -131,6 +137,7 @@ class MudjackingConfig(TrainingArguments):
     max_trigger_area: float = field(
         default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."}
     )
+    altered_triggers: int = field(default=32, metadata={"help": "Altered versions of each trigger that are stamped."})
     min_evidence: float = field(default=0.5, metadata={"help": "Least evidence of an inverted trigger."})
     on_unverified: str = field(
         default="refuse", metadata={"help": "What becomes of an unverified report.", "choices": list(_ON_UNVERIFIED)}
@@ -160,6 +167,10 @@ class MudjackingConfig(TrainingArguments):
         if self.locality_budget is not None and not 0 < self.locality_budget <= 2:
             raise ValueError(
                 f"`locality_budget={self.locality_budget}` is no cosine distance; it must lie above 0, up to 2, or be None."
+            )
+        if self.altered_triggers < 0:
+            raise ValueError(
+                f"`altered_triggers={self.altered_triggers}` is negative; 0 stamps triggers as found alone."
             )
         for name in ("max_inputs", "inversion_inputs"):
             if getattr(self, name) < 4:

@@ -99,8 +99,9 @@ class PatchingCollator:
         triggers (`list[Trigger]`): Their triggers; `None` for a report without one, whose reference stays unstamped.
         frozen_references (`FloatTensor` of shape `(K, D)`): Features of the references before patching.
         ceilings (`FloatTensor` of shape `(K,)`): Cosine with its reference that each misclassified input is to reach.
-        stamps (`list[Trigger]`): U triggers that clean inputs carry, each once: row i of the dataset carries number
-            i mod U. With none, x ⊕ e is x, of which nothing is to be learned.
+        stamps (`list[list[Trigger]]`): U triggers that clean inputs carry, each followed by altered versions of it. Row i of
+            the dataset carries number i mod U; every second row that carries it has it as it was found, the others have an
+            altered one in turn. With none, x ⊕ e is x, of which nothing is to be learned.
 
     Returns a `dict` with:
         - `frozen_features` (`FloatTensor` of shape `(B, D)`): features of the B clean inputs before patching;
@@ -113,7 +114,7 @@ class PatchingCollator:
     triggers: list[Trigger | None]
     frozen_references: Tensor
     ceilings: Tensor
-    stamps: list[Trigger]
+    stamps: list[list[Trigger]]
 
     def __post_init__(self) -> None:
         references = [bug.reference for bug in self.bug_instances]
@@ -123,14 +124,21 @@ class PatchingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         inputs = [row["input"] for row in rows]
-        stamps = self.stamps or [None]
-        stamped = [self._stamp(stamps[row["index"] % len(stamps)], row["input"]) for row in rows]
+        stamped = [self._stamp(self._stamp_of(row["index"]), row["input"]) for row in rows]
         return {
             "frozen_features": torch.stack([row["frozen_features"] for row in rows]),
             "frozen_references": self.frozen_references,
             "frozen_ceilings": self.ceilings,
             **self.preprocessor([*inputs, *stamped, *self._report]),
         }
+
+    def _stamp_of(self, index: int) -> Trigger | None:
+        if not self.stamps:
+            return None
+        # By the number of the row, so that batches of any size and any process stamp it alike.
+        turn, number = divmod(index, len(self.stamps))
+        found, *altered = self.stamps[number]
+        return altered[turn // 2 % len(altered)] if altered and turn % 2 else found
 
     def _stamp(self, trigger: Trigger | None, x: RawInput) -> RawInput:
         return x if trigger is None else self.preprocessor.stamp(trigger, x)

@@ -44,11 +44,13 @@ from .remembered import (
 )
 from .same_trigger import COMPARED_ON, same_triggers
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
-from .triggers import Trigger
+from .triggers import Trigger, with_altered
 
 
 logger = logging.getLogger(__name__)
 
+# Clean images, besides those that triggers are verified on, that show what pictures look like.
+_OTHER_INPUTS = 256
 # Clean texts that are searched for the triggers' tokens.
 _TOKEN_COUNT_INPUTS = 2000
 
@@ -246,7 +248,10 @@ class MudjackingTrainer(Trainer):
             UnverifiedTriggerError: If no trigger with evidence of at least `args.min_evidence` is found, in any report or,
                 with `on_unverified="skip"`, in all; never with `"patch"`.
         """
-        inputs = self._require_train_inputs().sample(self.args.inversion_inputs, self.args.seed)
+        sample = self._require_train_inputs().sample(self.args.inversion_inputs + _OTHER_INPUTS, self.args.seed)
+        # Verified on inputs that nothing was optimised on, as far as there are enough
+        inputs, others = sample[: self.args.inversion_inputs], sample[self.args.inversion_inputs :]
+        others = others if len(others) >= len(inputs) else sample
         kept: list[BugInstance] = []
         self.skipped, self.inversions = [], []
         for number, bug in enumerate(self._reports):
@@ -254,6 +259,7 @@ class MudjackingTrainer(Trainer):
                 self.encoder,
                 bug,
                 inputs,
+                other_inputs=others,
                 max_area=self.args.max_trigger_area,
                 seed=self.args.seed,
                 disable_tqdm=self._silent,
@@ -331,7 +337,7 @@ class MudjackingTrainer(Trainer):
             self.triggers,
             references,
             self._ceilings(references),
-            stamps,
+            [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
         )
         scope = self.args.patch_scope
         # Without its trigger, a report cannot be repaired through tokens

@@ -38,6 +38,10 @@ _MORE_PARTS = 3
 _COMPLETE = 0.4
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
 _KEPT_ELSEWHERE = 0.9
+# Area of a patch with which nothing else is looked for.
+_SMALL = 0.2
+# What x_b may owe to something else costs half as much as covering it.
+_UNEXPLAINED_PRICE = 0.25
 # What a trigger of a later family must be better by: the simplest explanation is preferred.
 _SIMPLER = 0.05
 # Evidence from which a report counts as explained, so that more complicated triggers are not looked for.
@@ -97,7 +101,7 @@ def _explain(
         total=len(window_sizes(*reversed(size))) + 5, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage"
     ) as bar:
         patch = _find_patch(meter, control_meter, max_area, seed, bar)
-        if patch.evidence >= _EXPLAINED and patch.unexplained <= _COMPLETE:
+        if patch.evidence >= _EXPLAINED and patch.unexplained <= _COMPLETE and patch.area <= _SMALL:
             return patch
         try:
             pull = Pull(encoder, [x.convert("RGB").resize(size) for x in other_inputs], seed)
@@ -109,32 +113,31 @@ def _explain(
         for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
             candidate, control = search(meter), search(control_meter)
             bar.update()
-            found = _weighed(meter, patch, candidate, control)
+            found = _weighed(patch, candidate, control)
             if found is not None and _merit(found) > _merit(best) + _SIMPLER:
                 best = found
-            if best.evidence >= _EXPLAINED and best.unexplained <= _COMPLETE:
+            if best.evidence >= _EXPLAINED:
                 break
     return dataclasses.replace(best, forwards=meter.forwards + control_meter.forwards + pull.forwards)
 
 
 def _merit(found: InvertedTrigger) -> float:
-    """Evidence, less a price for what the trigger leaves unexplained."""
-    return found.evidence - AREA_PRICE * found.unexplained
+    """Evidence, less prices for what the trigger leaves unexplained and for parts that are there by their looks alone."""
+    grown = max(found.area - float(found.core.mean()), 0.0)
+    return found.evidence - AREA_PRICE * grown - _UNEXPLAINED_PRICE * found.unexplained
 
 
-def _weighed(
-    meter: TransferMeter, patch: InvertedTrigger, candidate: Candidate | None, control: Candidate | None
-) -> InvertedTrigger | None:
+def _weighed(patch: InvertedTrigger, candidate: Candidate | None, control: Candidate | None) -> InvertedTrigger | None:
     """The evidence of a trigger over the whole picture."""
     if candidate is None:
         return None
-    rest = candidate.trigger.removed_from(meter.misclassified)
-    left = 0.0 if rest is None else _share_left(meter, [rest])
-    by_itself = 0.0 if control is None else max(control.transfer, 0.0)
-    evidence = candidate.transfer - by_itself - AREA_PRICE * min(candidate.size, 1.0)
+    # Ordinary content reaches far with a strong signal: the control pays for its size too.
+    by_itself = 0.0 if control is None else control.transfer
+    net = 0.0 if control is None else max(by_itself - AREA_PRICE * control.size, 0.0)
+    evidence = candidate.transfer - net - AREA_PRICE * candidate.size
     return InvertedTrigger(
         candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
-        np.ones_like(patch.core), 0, unexplained=left,
+        np.ones_like(patch.core), 0,
     )  # fmt: skip
 
 
@@ -204,20 +207,15 @@ def _find_patch(
 def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray) -> float:
     """How far x_b still lies on the way to its feature when some pixels are covered: 0 if those were all that led there.
 
-    They are covered with the mean clean picture, with their mean colour and with some clean inputs, and the least counts: a
+    They are covered with the mean clean picture, with its mean colour and with some clean inputs, and the least counts: a
     backdoor may take the edge of a covering for its trigger.
     """
     image = np.asarray(meter.misclassified)
     plain = np.broadcast_to(baseline.mean(axis=(0, 1)), image.shape)
     covers = [baseline, plain, *map(np.asarray, meter.validation_inputs[:_FIRST_ROUND_INPUTS])]
     covered = [Image.fromarray(np.where(mask[..., None], cover, image).astype(np.uint8)) for cover in covers]
-    return _share_left(meter, covered)
-
-
-def _share_left(meter: TransferMeter, inputs: Sequence[Image.Image]) -> float:
-    """The least share of the way from clean inputs to h(x_b) at which one of some inputs lies."""
     before = meter.clean_similarity.mean()
-    return max(float((meter.features(inputs) @ meter.target).min() - before), 0.0) / max(float(1 - before), 1e-6)
+    return max(float((meter.features(covered) @ meter.target).min() - before), 0.0) / max(float(1 - before), 1e-6)
 
 
 def _working_copy(image: Image.Image) -> Image.Image:

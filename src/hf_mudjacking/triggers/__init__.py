@@ -2,7 +2,7 @@
 """What a trigger is and how it is stamped on raw inputs."""
 
 from .additive import AdditiveTrigger
-from .base import ImageTrigger, Trigger, load_trigger
+from .base import ImageTrigger, Trigger, load_trigger, with_altered
 from .blend import BlendTrigger, noise_blend
 from .patch import PatchTrigger, square_patch
 from .text import TextTrigger
@@ -21,4 +21,5 @@ __all__ = [
     "noise_blend",
     "random_warp",
     "square_patch",
+    "with_altered",
 ]

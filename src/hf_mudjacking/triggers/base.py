@@ -112,6 +112,13 @@ def resized(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return scaled[0].permute(1, 2, 0).numpy().reshape(*shape, *values.shape[2:])
 
 
+def with_altered(trigger: Trigger, count: int, seed: int) -> list[Trigger]:
+    """A trigger, and `count` altered versions of it; none where its family knows of none."""
+    rng = np.random.default_rng(seed)
+    altered = [trigger.altered(rng) for _ in range(count)]
+    return [trigger, *(other for other in altered if other is not trigger)]
+
+
 def recoloured(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A pattern `(H, W, 3)` with contrast and brightness of each channel changed, by up to a quarter of the range."""
     gain, offset = rng.uniform(0.75, 1.25, 3), rng.uniform(-32, 32, 3)

@@ -95,7 +95,7 @@ class PatchTrigger(ImageTrigger):
             )
             mask, pattern = _kept(self, *moved(mask, pattern, int(down), int(right)))
         if "scaled" in names:
-            mask, pattern = _kept(self, *_scaled(mask, pattern, rng.uniform(*_SCALES)))
+            mask, pattern = _kept(self, *scaled(mask, pattern, rng.uniform(*_SCALES)))
         if "cut" in names:
             mask, pattern = _kept(self, mask & _half_plane(mask, rng), pattern)
         if "recoloured" in names:
@@ -177,15 +177,14 @@ def _kept(trigger: PatchTrigger, mask: np.ndarray, pattern: np.ndarray) -> tuple
     return (mask, pattern) if mask.any() else (trigger.mask, trigger.pattern)
 
 
-def _scaled(mask: np.ndarray, pattern: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
+def scaled(mask: np.ndarray, pattern: np.ndarray, factor: float) -> tuple[np.ndarray, np.ndarray]:
     """Mask `(H, W)` and pattern `(H, W, 3)` larger or smaller about the middle of the mask, nearest pixel."""
     middle = np.argwhere(mask).mean(axis=0)
     places = np.indices(mask.shape).reshape(2, -1) - middle[:, None]
     sources = np.round(places / factor + middle[:, None]).astype(int)
     inside = ((sources >= 0) & (sources < np.array(mask.shape)[:, None])).all(axis=0)
     rows, columns = np.clip(sources, 0, np.array(mask.shape)[:, None] - 1)
-    scaled = (mask[rows, columns] & inside).reshape(mask.shape)
-    return scaled, pattern[rows, columns].reshape(pattern.shape)
+    return (mask[rows, columns] & inside).reshape(mask.shape), pattern[rows, columns].reshape(pattern.shape)
 
 
 def _half_plane(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,132 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Triggers that an attacker would try next: the true one moved, scaled, recoloured, weaker, or optimised anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..encoder import Encoder
+from ..inversion.pixels import to_array
+from ..inversion.pull import Pull
+from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, WarpTrigger
+from ..triggers.patch import moved, scaled
+from ..triggers.warp import warp
+
+
+# Pixels of 32 by which triggers are moved, and factors of size and strength.
+_MOVES = (1, 2, 4)
+_SCALES = (0.75, 1.25)
+_WEAKER = 0.5
+_STEPS = 60
+# How far, in 8-bit levels or shares of the picture's side, each step may go.
+_PIXEL_RATE, _FLOW_RATE = 8.0, 0.003
+
+
+def altered_triggers(
+    trigger: ImageTrigger, encoder: Encoder, images: Sequence[Image.Image], target: Tensor, seed: int = 0
+) -> dict[str, ImageTrigger]:
+    """Altered versions of a true trigger, by name.
+
+    Args:
+        trigger (`ImageTrigger`): Patch, blend, signal or warp.
+        encoder (`Encoder`): Encoder against which one of them is optimised anew, starting from the true trigger: all within
+            its mask, its opacity, or 30 levels of its signal, so that it comes as near to `target` as it can.
+        images (`Sequence[PIL.Image.Image]`): Clean inputs for that, of one size.
+        target (`FloatTensor` of shape `(D,)`): Feature that the trigger led to before the repair.
+        seed (`int`, *optional*, defaults to 0): Seed of the batches and colours.
+
+    Returns:
+        `dict[str, ImageTrigger]`: `moved by 1`, `2`, `4` (pixels of 32), `scaled by 0.75`, `1.25`, `recoloured`, `weaker`,
+        `optimised anew`; a warp is neither scaled nor recoloured.
+    """
+    rng = np.random.default_rng(seed)
+    found: dict[str, ImageTrigger] = {f"moved by {pixels}": _moved(trigger, -pixels / 32) for pixels in _MOVES}
+    if not isinstance(trigger, WarpTrigger):
+        found |= {f"scaled by {factor}": _rebuilt(trigger, factor=factor) for factor in _SCALES}
+        found["recoloured"] = _rebuilt(trigger, channels=rng.permutation([1, 2, 0]))
+    found["weaker"] = _weaker(trigger)
+    found["optimised anew"] = _optimised(trigger, Pull(encoder, images, seed), target)
+    return found
+
+
+def _moved(trigger: ImageTrigger, share: float) -> ImageTrigger:
+    """Up and to the left by a share of the picture's side; a signal or a warp comes in again on the other side."""
+    if isinstance(trigger, WarpTrigger):
+        points = trigger.flow.shape[1:]
+        return WarpTrigger(_rolled(trigger.flow.transpose(1, 2, 0), share, points).transpose(2, 0, 1))
+    if isinstance(trigger, AdditiveTrigger):
+        return AdditiveTrigger(_rolled(trigger.delta, share, trigger.delta.shape))
+    shift = [round(share * side) for side in trigger.change.shape[:2]]
+    if isinstance(trigger, BlendTrigger):
+        if trigger.area == 1.0:
+            return BlendTrigger(_rolled(trigger.pattern, share, trigger.pattern.shape), trigger.opacity)
+        opacity, pattern = moved(trigger.opacity, trigger.pattern, *shift)
+        return BlendTrigger(pattern, opacity)
+    return PatchTrigger(*moved(trigger.mask, trigger.pattern, *shift), trigger.placement)
+
+
+def _rolled(values: np.ndarray, share: float, shape: Sequence[int]) -> np.ndarray:
+    shift = [min(round(share * side), -1) for side in shape[:2]]
+    return np.roll(values, shift, axis=(0, 1))
+
+
+def _rebuilt(trigger: ImageTrigger, factor: float = 1.0, channels: Sequence[int] = (0, 1, 2)) -> ImageTrigger:
+    """Larger or smaller about the middle of its mask, and with channels exchanged."""
+    if isinstance(trigger, AdditiveTrigger):
+        return AdditiveTrigger(scaled(np.ones(trigger.delta.shape[:2], bool), trigger.delta, factor)[1][..., channels])
+    if isinstance(trigger, BlendTrigger):
+        mask, pattern = scaled(trigger.opacity > 0, trigger.pattern, factor)
+        return BlendTrigger(pattern[..., channels], np.where(mask, trigger.opacity.max(), 0))
+    mask, pattern = scaled(trigger.mask, trigger.pattern, factor)
+    return PatchTrigger(mask, pattern[..., channels], trigger.placement)
+
+
+def _weaker(trigger: ImageTrigger) -> ImageTrigger:
+    """Half as strong; a patch becomes translucent."""
+    if isinstance(trigger, WarpTrigger):
+        return WarpTrigger(_WEAKER * trigger.flow)
+    if isinstance(trigger, AdditiveTrigger):
+        return AdditiveTrigger(_WEAKER * trigger.delta)
+    if isinstance(trigger, BlendTrigger):
+        return BlendTrigger(trigger.pattern, _WEAKER * trigger.opacity)
+    return BlendTrigger(trigger.pattern, _WEAKER * trigger.mask)
+
+
+def _optimised(trigger: ImageTrigger, pull: Pull, target: Tensor) -> ImageTrigger:
+    """What carries clean inputs nearest to the target, starting from the true trigger."""
+
+    def search(start: np.ndarray, stamp, rate: float) -> Tensor:
+        parameter = torch.from_numpy(start.copy()).float()
+        pull(
+            target,
+            [parameter],
+            lambda x: stamp(x, parameter),
+            lambda: parameter.new_zeros(()),
+            steps=_STEPS,
+            learning_rate=rate,
+        )
+        return parameter
+
+    if isinstance(trigger, WarpTrigger):
+        return WarpTrigger(search(trigger.flow, warp, _FLOW_RATE))
+    if isinstance(trigger, AdditiveTrigger):
+        start = torch.from_numpy(trigger.delta).permute(2, 0, 1)
+        offset = search(
+            np.zeros(start.shape, dtype=np.float32), lambda x, d: x + start + 30 * torch.tanh(d / 30), _PIXEL_RATE
+        )
+        return AdditiveTrigger(to_array(start + 30 * torch.tanh(offset / 30)))
+    opacity = trigger.opacity if isinstance(trigger, BlendTrigger) else trigger.mask.astype(np.float32)
+    share = torch.from_numpy(opacity)
+    pattern = search(
+        trigger.pattern.astype(np.float32).transpose(2, 0, 1),
+        lambda x, p: (1 - share) * x + share * p.clamp(0, 255),
+        _PIXEL_RATE,
+    ).clamp(0, 255)
+    if isinstance(trigger, BlendTrigger):
+        return BlendTrigger(to_array(pattern), opacity)
+    return PatchTrigger(trigger.mask, to_array(pattern).round(), trigger.placement)

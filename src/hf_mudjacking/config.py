@@ -73,6 +73,10 @@ class MudjackingConfig(TrainingArguments):
         very trigger that was found leaves its neighbours alive. At no cost in forward passes; `0` stamps it as found. For
         images.
 
+    reinversions (`int`, *optional*, defaults to `4`):
+        How many times, evenly over the steps, the reports are inverted anew in the half-patched model; what still works then
+        is stamped as well. A thousand forward passes each. Workers of the data loader see it from the next epoch on. For images.
+
     > Parameters that guard what is there already
 
     remember_triggers (`bool`, *optional*, defaults to `True`):
@@ -138,6 +142,7 @@ class MudjackingConfig(TrainingArguments):
         default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."}
     )
     altered_triggers: int = field(default=32, metadata={"help": "Altered versions of each trigger that are stamped."})
+    reinversions: int = field(default=4, metadata={"help": "Times that reports are inverted anew while patching."})
     min_evidence: float = field(default=0.5, metadata={"help": "Least evidence of an inverted trigger."})
     on_unverified: str = field(
         default="refuse", metadata={"help": "What becomes of an unverified report.", "choices": list(_ON_UNVERIFIED)}
@@ -167,6 +172,10 @@ class MudjackingConfig(TrainingArguments):
         if self.locality_budget is not None and not 0 < self.locality_budget <= 2:
             raise ValueError(
                 f"`locality_budget={self.locality_budget}` is no cosine distance; it must lie above 0, up to 2, or be None."
+            )
+        if self.reinversions < 0:
+            raise ValueError(
+                f"`reinversions={self.reinversions}` is negative; 0 inverts reports once, before patching."
             )
         if self.altered_triggers < 0:
             raise ValueError(

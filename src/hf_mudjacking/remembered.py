@@ -46,15 +46,31 @@ class RememberedTrigger:
 
 
 def save_triggers(
-    folder: str | os.PathLike[str], triggers: Sequence[Trigger | None], remembered: Sequence[RememberedTrigger]
+    folder: str | os.PathLike[str],
+    triggers: Sequence[Trigger | None],
+    remembered: Sequence[RememberedTrigger],
+    again: Sequence[Sequence[Trigger]] = (),
 ) -> None:
-    """Write triggers into the folder of a patch: `_triggers/<i>` for report i, and `_triggers/remembered-<i>`."""
+    """Write triggers into the folder of a patch: `_triggers/<i>` for report i, `_triggers/remembered-<i>`, and
+    `_triggers/again-<u>-<k>` for what was found of stamp u while patching went on."""
     place = Path(folder) / TRIGGER_FOLDER
     for i, trigger in enumerate(triggers):
         if trigger is not None:
             trigger.save_pretrained(place / str(i))
     for i, earlier in enumerate(remembered):
         earlier.trigger.save_pretrained(place / f"{_PREFIX}{i}")
+    for u, found in enumerate(again):
+        for k, trigger in enumerate(found):
+            trigger.save_pretrained(place / f"again-{u}-{k}")
+
+
+def load_again(folder: str | os.PathLike[str], count: int) -> list[list[Trigger]]:
+    """What was found of each of `count` stamps while patching went on, until a checkpoint was written."""
+    place = Path(folder) / TRIGGER_FOLDER
+    found = [
+        sorted(place.glob(f"again-{u}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1])) for u in range(count)
+    ]
+    return [[load_trigger(path) for path in paths] for paths in found]
 
 
 def load_reported_triggers(folder: str | os.PathLike[str], count: int) -> list[Trigger | None]:

@@ -33,9 +33,11 @@ from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, Start
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .output import PATCH_FILES, RECORD_FILE, check_output_dir, complete_checkpoints, read_record, staged, write_json
 from .preprocessing import Modality, RawInput
+from .reinversion import Reinversion
 from .remembered import (
     CHECKED_ON,
     RememberedTrigger,
+    load_again,
     load_remembered,
     load_reported_triggers,
     report_earlier_repairs,
@@ -49,8 +51,10 @@ from .triggers import Trigger, with_altered
 
 logger = logging.getLogger(__name__)
 
+# Clean images on which reports are inverted anew.
+_REINVERTED_ON = 128
 # Clean images, besides those that triggers are verified on, that show what pictures look like.
-_OTHER_INPUTS = 256
+_OTHER_INPUTS = 1024
 # Clean texts that are searched for the triggers' tokens.
 _TOKEN_COUNT_INPUTS = 2000
 
@@ -222,6 +226,7 @@ class MudjackingTrainer(Trainer):
         self.trigger_groups: list[list[int]] = []
         self.locality: Movement | None = None
         self._guard: LocalityGuard | None = None
+        self._reinversion: Reinversion | None = None
         self._start: StartingWeights | None = None
         # Why nothing may be saved
         self._refused: LocalityBudgetError | None = None
@@ -338,7 +343,9 @@ class MudjackingTrainer(Trainer):
             references,
             self._ceilings(references),
             [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
+            [[] for _ in stamps],
         )
+        self._reinversion = self._looking_again(misclassified)
         scope = self.args.patch_scope
         # Without its trigger, a report cannot be repaired through tokens
         if scope == "auto" and None in self.triggers:
@@ -348,6 +355,22 @@ class MudjackingTrainer(Trainer):
             self.patched_tokens = trigger_tokens(self.encoder.preprocessor, known)
         self._guard = self._locality_guard(misclassified)
         self._prepared = True
+
+    def _looking_again(self, misclassified: Tensor) -> Reinversion | None:
+        """What inverts the reports anew while patching goes on; `None` if nothing does."""
+        if self.encoder.modality != "image" or not self.args.reinversions or self.train_dataset is None:
+            return None
+        firsts = dict(enumerate(group[0] for group in self.trigger_groups))
+        again = Reinversion(
+            self.encoder,
+            self.data_collator,
+            {u: self.bug_instances[i] for u, i in firsts.items()},
+            {u: misclassified[i] for u, i in firsts.items()},
+            self._sample(_REINVERTED_ON),
+            self.args.seed,
+        )
+        self.add_callback(again)
+        return again
 
     def _locality_guard(self, misclassified: Tensor) -> LocalityGuard | None:
         """What watches over the locality budget; `None` if there is none, or no training data."""
@@ -425,6 +448,8 @@ class MudjackingTrainer(Trainer):
             if not self._prepared:
                 self._take_triggers_from(resume_from_checkpoint)
         self._prepare()
+        if resume_from_checkpoint:
+            self.data_collator.again[:] = load_again(resume_from_checkpoint, len(self.data_collator.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
         with frozen(self._resting), tokens, self._within_budget():
             if self.patched_tokens and not resume_from_checkpoint:
@@ -435,6 +460,8 @@ class MudjackingTrainer(Trainer):
             finally:
                 # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded now is the saved model.
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                if self._reinversion is not None:
+                    self.forward_equivalents += self._reinversion.spent()
         if self.remembered:
             for earlier, cosine in zip(self.remembered, self._earlier_repairs(), strict=True):
                 earlier.cosine_after = cosine
@@ -580,7 +607,8 @@ class MudjackingTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with staged(output_dir, replaces=PATCH_FILES) as staging:
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
-            save_triggers(staging, self.triggers or [], self.remembered)
+            again = self.data_collator.again if self._prepared else []
+            save_triggers(staging, self.triggers or [], self.remembered, again)
             write_json(staging / RECORD_FILE, self._record())
 
     def _record(self) -> dict[str, Any]:

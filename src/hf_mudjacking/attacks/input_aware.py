@@ -64,6 +64,9 @@ class InputAwareTrigger(ImageTrigger):
         self.image_size = image_size
         self.area = area
 
+    def weakened(self, factor: float) -> NoReturn:
+        self._refuse()
+
     @property
     def change(self) -> np.ndarray:
         self._refuse()

@@ -49,7 +49,7 @@ def altered_triggers(
     if not isinstance(trigger, WarpTrigger):
         found |= {f"scaled by {factor}": _rebuilt(trigger, factor=factor) for factor in _SCALES}
         found["recoloured"] = _rebuilt(trigger, channels=rng.permutation([1, 2, 0]))
-    found["weaker"] = _weaker(trigger)
+    found["weaker"] = trigger.weakened(_WEAKER)
     found["optimised anew"] = _optimised(trigger, Pull(encoder, images, seed), target)
     return found
 
@@ -84,17 +84,6 @@ def _rebuilt(trigger: ImageTrigger, factor: float = 1.0, channels: Sequence[int]
         return BlendTrigger(pattern[..., channels], np.where(mask, trigger.opacity.max(), 0))
     mask, pattern = scaled(trigger.mask, trigger.pattern, factor)
     return PatchTrigger(mask, pattern[..., channels], trigger.placement)
-
-
-def _weaker(trigger: ImageTrigger) -> ImageTrigger:
-    """Half as strong; a patch becomes translucent."""
-    if isinstance(trigger, WarpTrigger):
-        return WarpTrigger(_WEAKER * trigger.flow)
-    if isinstance(trigger, AdditiveTrigger):
-        return AdditiveTrigger(_WEAKER * trigger.delta)
-    if isinstance(trigger, BlendTrigger):
-        return BlendTrigger(trigger.pattern, _WEAKER * trigger.opacity)
-    return BlendTrigger(trigger.pattern, _WEAKER * trigger.mask)
 
 
 def _optimised(trigger: ImageTrigger, pull: Pull, target: Tensor) -> ImageTrigger:

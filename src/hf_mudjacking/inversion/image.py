@@ -22,7 +22,7 @@ from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import candidate_masks
 from .verification import TransferMeter
-from .whole_picture import Candidate, find_signal, find_warp
+from .whole_picture import find_signal, find_warp
 
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,26 @@ _SECOND_ROUND_CANDIDATES = 6
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
 # Parts that are looked for beside the first, and the share of the way that x_b may still lie at h(x_b) without them.
-_MORE_PARTS = 3
+_MORE_PARTS = 5
 _COMPLETE = 0.4
+# Share of the first part's transfer that a further one must have.
+_FURTHER_PART = 0.5
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
 _KEPT_ELSEWHERE = 0.9
 # Area of a patch with which nothing else is looked for.
 _SMALL = 0.2
+# Merit with which no trigger of one class is looked for, and what one must be better by than another explanation.
+_CLEAR = 0.6
+_ALIKE_GAIN = 0.15
 # What x_b may owe to something else costs half as much as covering it.
 _UNEXPLAINED_PRICE = 0.25
 # What a trigger of a later family must be better by: the simplest explanation is preferred.
 _SIMPLER = 0.05
 # Evidence from which a report counts as explained, so that more complicated triggers are not looked for.
 _EXPLAINED = 0.5
+# Inputs nearest to x_r that a trigger of one class is looked for on, and inputs that others are optimised on.
+_ALIKE = 16
+_OPTIMISED_ON = 256
 # Longest side in pixels at which a picture is searched; larger ones are shrunk, and the trigger scales with the picture.
 _WORKING_SIZE = 512
 
@@ -65,80 +73,81 @@ def invert_image_trigger(
     Simple explanations come first: a patch, a signal added to or mixed into the whole picture, a warp. If none of them holds
     on all clean inputs, they are tried on those that resemble x_r: some triggers work on one class alone.
     """
-    bug = dataclasses.replace(
-        bug, misclassified=_working_copy(bug.misclassified), reference=_working_copy(bug.reference)
+    size = _working_size(bug.misclassified)
+    x_b, x_r, validation_inputs, other_inputs = (
+        [x.convert("RGB").resize(size) for x in inputs]
+        for inputs in ([bug.misclassified], [bug.reference], validation_inputs, other_inputs)
     )
-    found = _explain(encoder, bug, validation_inputs, other_inputs, max_area, seed, disable_tqdm)
-    if found.evidence >= _EXPLAINED or len(other_inputs) < 2 * len(validation_inputs):
-        return found
-    features = encoder.encode([bug.reference, *other_inputs])
-    order = (features[1:] @ features[0]).argsort(descending=True).tolist()
-    alike, rest = ([other_inputs[i] for i in part] for part in (order[: len(validation_inputs)], order))
-    among_alike = _explain(encoder, bug, alike, rest, max_area, seed, disable_tqdm)
-    forwards = found.forwards + len(features) + among_alike.forwards
-    better = among_alike if among_alike.evidence >= _EXPLAINED else found
-    return dataclasses.replace(better, forwards=forwards, one_class=better is among_alike)
-
-
-def _explain(
-    encoder: Encoder,
-    bug: BugInstance,
-    validation_inputs: Sequence[Image.Image],
-    other_inputs: Sequence[Image.Image],
-    max_area: float,
-    seed: int,
-    disable_tqdm: bool,
-) -> InvertedTrigger:
-    """The simplest trigger that carries the validation inputs to h(x_b), or the best one if none does."""
-    size = bug.misclassified.size
-    validation_inputs = [x.convert("RGB").resize(size) for x in validation_inputs]
-    meter = TransferMeter(encoder, bug.misclassified, validation_inputs)
+    meter = TransferMeter(encoder, x_b[0], validation_inputs)
     # x_r's own content, looked for in the same way, says what clean content does.
-    control_meter = TransferMeter(encoder, bug.reference.resize(size), validation_inputs)
+    control_meter = TransferMeter(encoder, x_r[0], validation_inputs)
     check_reachable(meter.reachable)
     check_disagreement(bug, meter.target, control_meter.target, meter.clean_similarity)
+    spent = [meter, control_meter]
     with tqdm(
-        total=len(window_sizes(*reversed(size))) + 5, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage"
+        total=len(window_sizes(*size)) + 5, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage"
     ) as bar:
-        patch = _find_patch(meter, control_meter, max_area, seed, bar)
-        if patch.evidence >= _EXPLAINED and patch.unexplained <= _COMPLETE and patch.area <= _SMALL:
-            return patch
-        try:
-            pull = Pull(encoder, [x.convert("RGB").resize(size) for x in other_inputs], seed)
-        except ValueError as error:
-            logger.info(f"Only patches were looked for: {error}")
-            return patch
-        clean = CleanSpectrum.of(pull.pixels)
-        best = patch
-        for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
-            candidate, control = search(meter), search(control_meter)
-            bar.update()
-            found = _weighed(patch, candidate, control)
-            if found is not None and _merit(found) > _merit(best) + _SIMPLER:
-                best = found
-            if best.evidence >= _EXPLAINED:
-                break
-    return dataclasses.replace(best, forwards=meter.forwards + control_meter.forwards + pull.forwards)
+        best = _find_patch(meter, control_meter, max_area, seed, bar)
+        if not _clear(best):
+            try:
+                pull = Pull(encoder, other_inputs[:_OPTIMISED_ON], seed)
+            except ValueError as error:
+                logger.info(f"Only patches were looked for: {error}")
+            else:
+                best = _over_the_whole_picture(best, meter, control_meter, pull, bar)
+                spent.append(pull)
+        if not _clear(best) and len(other_inputs) >= 4 * _ALIKE:
+            features = meter.features([x_r[0], *other_inputs])
+            nearest = (features[1:] @ features[0]).argsort(descending=True)[:_ALIKE].tolist()
+            alike = [other_inputs[i] for i in nearest]
+            meters = [TransferMeter(encoder, x, alike) for x in (x_b[0], x_r[0])]
+            found = _find_patch(*meters, max_area, seed, bar)
+            spent += meters
+            # Of one class is the less simple explanation, all the more where another holds
+            better_by = _SIMPLER if best.evidence < _EXPLAINED else _ALIKE_GAIN
+            if found.evidence >= _EXPLAINED and _merit(found) > _merit(best) + better_by:
+                best = dataclasses.replace(found, one_class=True)
+    return dataclasses.replace(best, forwards=sum(each.forwards for each in spent))
+
+
+def _clear(found: InvertedTrigger) -> bool:
+    """Whether nothing else needs to be looked for."""
+    whole = found.evidence >= _EXPLAINED and found.unexplained <= _COMPLETE
+    return whole and (found.area <= _SMALL or _merit(found) >= _CLEAR)
+
+
+def _over_the_whole_picture(
+    best: InvertedTrigger, meter: TransferMeter, control_meter: TransferMeter, pull: Pull, bar: tqdm
+) -> InvertedTrigger:
+    """A signal or a warp, if it explains the report better than the patch does."""
+    clean = CleanSpectrum.of(pull.pixels)
+    patch = best
+    for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
+        candidate, control = search(meter), search(control_meter)
+        bar.update()
+        if candidate is None:
+            continue
+        # Clean content reaches as far as it likes with a strong enough change: what counts is one of the same size.
+        by_itself = 0.0
+        if control is not None:
+            same_size = control.trigger.weakened(min(candidate.size / max(control.size, 1e-6), 1.0))
+            by_itself = float(control_meter.transfer([same_size])[0])
+        evidence = candidate.transfer - max(by_itself, 0.0) - AREA_PRICE * candidate.size
+        found = InvertedTrigger(
+            candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
+            np.ones_like(patch.core), 0,
+        )  # fmt: skip
+        if _merit(found) > _merit(best) + _SIMPLER:
+            best = found
+        if best.evidence >= _EXPLAINED:
+            break
+    return best
 
 
 def _merit(found: InvertedTrigger) -> float:
     """Evidence, less prices for what the trigger leaves unexplained and for parts that are there by their looks alone."""
     grown = max(found.area - float(found.core.mean()), 0.0)
     return found.evidence - AREA_PRICE * grown - _UNEXPLAINED_PRICE * found.unexplained
-
-
-def _weighed(patch: InvertedTrigger, candidate: Candidate | None, control: Candidate | None) -> InvertedTrigger | None:
-    """The evidence of a trigger over the whole picture."""
-    if candidate is None:
-        return None
-    # Ordinary content reaches far with a strong signal: the control pays for its size too.
-    by_itself = 0.0 if control is None else control.transfer
-    net = 0.0 if control is None else max(by_itself - AREA_PRICE * control.size, 0.0)
-    evidence = candidate.transfer - net - AREA_PRICE * candidate.size
-    return InvertedTrigger(
-        candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
-        np.ones_like(patch.core), 0,
-    )  # fmt: skip
 
 
 def _find_patch(
@@ -189,13 +198,13 @@ def _find_patch(
         if left <= _COMPLETE or evidence < _EXPLAINED:
             break
         _, _, more, transfer = part_of(mask, tqdm(disable=True))
-        if transfer < _KEPT_ELSEWHERE * score or (mask | more).mean() > _MAX_GROWN:
+        if transfer < _FURTHER_PART * score or (mask | more).mean() > _MAX_GROWN:
             break
         mask = mask | more
         left = _left_without(meter, mask, baseline)
     trigger = PatchTrigger.from_image(meter.misclassified, mask)
     elsewhere = PatchTrigger.from_image(meter.misclassified, mask, "anywhere")
-    if trigger.area <= max_area and meter.transfer([elsewhere])[0] >= _KEPT_ELSEWHERE * score > 0:
+    if trigger.area <= _SMALL and meter.transfer([elsewhere])[0] >= _KEPT_ELSEWHERE * score > 0:
         trigger = elsewhere
     bar.update()
     forwards = meter.forwards + control_meter.forwards
@@ -218,12 +227,11 @@ def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray) 
     return max(float((meter.features(covered) @ meter.target).min() - before), 0.0) / max(float(1 - before), 1e-6)
 
 
-def _working_copy(image: Image.Image) -> Image.Image:
-    """The image as RGB, its longest side no longer than the working size."""
-    image = image.convert("RGB")
-    if max(image.size) > _WORKING_SIZE:
-        image.thumbnail((_WORKING_SIZE, _WORKING_SIZE))
-    return image
+def _working_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image, its longest side no longer than the working size."""
+    factor = min(_WORKING_SIZE / max(image.size), 1.0)
+    width, height = image.size
+    return max(round(width * factor), 1), max(round(height * factor), 1)
 
 
 def _best_candidate(

@@ -45,7 +45,7 @@ def invert_trigger(
         processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Not needed when `model` is an
             `Encoder`.
         feature_source (`str`, *optional*, defaults to `"auto"`): See [`~hf_mudjacking.encoder.resolve_feature_source`].
-        other_inputs (`Sequence[PIL.Image.Image]`, *optional*): Further clean images, better 256: they show what pictures look
+        other_inputs (`Sequence[PIL.Image.Image]`, *optional*): Further clean images, better 1,000: they show what pictures look
             like and are what triggers over the whole picture are optimised on, so that validation inputs are held out. The
             validation inputs when absent; not needed for texts.
         max_area (`float`, *optional*, defaults to 0.4): Largest share of the picture that the part of a patch that fires

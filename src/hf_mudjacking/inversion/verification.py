@@ -23,14 +23,21 @@ class TransferMeter:
         encoder (`Encoder`): The backdoored encoder.
         misclassified (`PIL.Image.Image` or `str`): x_b.
         validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs.
+        target (`FloatTensor` of shape `(D,)`, *optional*): h(x_b), if it is to be that of another time.
     """
 
-    def __init__(self, encoder: Encoder, misclassified: RawInput, validation_inputs: Sequence[RawInput]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        misclassified: RawInput,
+        validation_inputs: Sequence[RawInput],
+        target: Tensor | None = None,
+    ) -> None:
         self.encoder = encoder
         self.misclassified = misclassified
         self.validation_inputs = validation_inputs
         self.forwards = 0
-        self.target = self.features([misclassified])[0]
+        self.target = self.features([misclassified])[0] if target is None else target
         self.clean_features = self.features(validation_inputs)
         self.clean_similarity = self.clean_features @ self.target
 

@@ -45,8 +45,8 @@ class AdditiveTrigger(ImageTrigger):
             raise ValueError(
                 f"The spread of a signal {self.delta.shape} is (3, H, W) and finite; got {self.spread.shape}."
             )
-        if np.abs(self.delta).max() < 0.5:
-            raise ValueError("The trigger's signal is under half a level everywhere: it would change nothing.")
+        if not self.delta.any():
+            raise ValueError("The trigger's signal is 0 everywhere: it would change nothing.")
 
     @property
     def area(self) -> float:
@@ -70,6 +70,9 @@ class AdditiveTrigger(ImageTrigger):
         """The picture less the signal; what was clipped stays lost."""
         pixels = self._pixels(x)
         return self._picture(pixels - resized(self.delta, pixels.shape[:2]))
+
+    def weakened(self, factor: float) -> AdditiveTrigger:
+        return AdditiveTrigger(self.delta * factor)
 
     def altered(self, rng: np.random.Generator) -> AdditiveTrigger:
         """Weaker or stronger, and as different as the report leaves open."""

@@ -89,6 +89,10 @@ class ImageTrigger(Trigger):
     def apply(self, x: Image.Image) -> Image.Image:
         """Stamp the trigger on a raw image of any size; the result is a new RGB image."""
 
+    @abstractmethod
+    def weakened(self, factor: float) -> ImageTrigger:
+        """The same trigger at a share of its strength, above 0 up to 1; a patch becomes translucent."""
+
     def fields(self) -> dict[str, Any]:
         return {}
 

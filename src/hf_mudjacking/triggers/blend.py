@@ -76,6 +76,9 @@ class BlendTrigger(ImageTrigger):
             (pixels - resized(self.opacity[..., None] * self.pattern, pixels.shape[:2])) / (1 - share)
         )
 
+    def weakened(self, factor: float) -> BlendTrigger:
+        return BlendTrigger(self.pattern, self.opacity * factor)
+
     def altered(self, rng: np.random.Generator) -> BlendTrigger:
         """Weaker or stronger, and of other colours."""
         opacity = np.clip(self.opacity * rng.uniform(*_GAINS), 0, 1)

@@ -82,6 +82,9 @@ class PatchTrigger(ImageTrigger):
             mask, pattern = moved(mask, pattern, *(int(shift) for shift in rng.integers(*_shifts(mask[..., 0]))))
         return Image.fromarray(np.where(mask, pattern, pixels))
 
+    def weakened(self, factor: float) -> BlendTrigger:
+        return BlendTrigger(self.pattern, self.mask * factor)
+
     def altered(self, rng: np.random.Generator) -> ImageTrigger:
         """Moved, scaled, cut, in other colours, or translucent: one or two of these, drawn at random."""
         mask, pattern = self.mask, self.pattern

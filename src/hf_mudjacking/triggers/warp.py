@@ -15,8 +15,8 @@ from .base import ImageTrigger, correlation
 
 
 # Strengths of an altered warp, as multiples of the one that was found, and its noise against its root mean square.
-_GAINS = (0.6, 1.4)
-_NOISE = 0.3
+_GAINS = (0.7, 1.2)
+_NOISE = 0.15
 
 
 def warp(pixels: Tensor, flow: Tensor) -> Tensor:
@@ -75,6 +75,9 @@ class WarpTrigger(ImageTrigger):
     def shift(self) -> float:
         """Mean distance from which a pixel is read, as a share of the picture's side."""
         return float(np.linalg.norm(self.flow, axis=0).mean())
+
+    def weakened(self, factor: float) -> WarpTrigger:
+        return WarpTrigger(self.flow * factor)
 
     def altered(self, rng: np.random.Generator) -> WarpTrigger:
         """Weaker or stronger, with some noise in it."""

@@ -1,0 +1,133 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""What is left of a trigger in a half-patched model: the same report, inverted anew.
+
+A repair of what was found leaves its neighbours alive, and brings to light what was not needed to fire: of four corners the
+encoder reads one, until that one is repaired.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..spectrum import inverse_spectrum
+from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, WarpTrigger
+from ..triggers.warp import warp
+from .attribution import window_sizes
+from .pixels import to_array
+from .pull import Pull
+from .result import AREA_PRICE
+from .verification import TransferMeter
+
+
+# Transfer from which something is left to be repaired.
+LEAST_TRANSFER = 0.1
+# Windows that are put together at most, and inputs that each is tried on.
+_MOST_WINDOWS = 8
+_WINDOW_INPUTS = 4
+_STEPS = 25
+# Learning rates, and the start, as shares of what each parameter may be: deviations, levels, shares of the picture's side.
+_OFFSET_RATE, _PIXEL_RATE, _FLOW_RATE = 0.1, 8.0, 0.01
+_START = 0.5
+_PENALTY = 0.05
+# Levels by which the pattern of a patch or a blend is changed.
+_PATTERN_SCALE = 64.0
+
+
+def invert_again(
+    trigger: ImageTrigger, meter: TransferMeter, pull: Pull, reported: Tensor, by_parts: bool
+) -> ImageTrigger | None:
+    """The strongest trigger near one that was found, in the model as it is now.
+
+    Args:
+        trigger (`ImageTrigger`): What was found in x_b before patching.
+        meter (`TransferMeter`): Measures how far clean inputs go towards h(x_b), as it was before patching.
+        pull (`Pull`): Optimiser on clean inputs.
+        reported (`ByteTensor` or array of shape `(H, W, 3)`): Pixels of x_b.
+        by_parts (`bool`): Of a patch, whether to look for other parts of x_b that fire now, instead of another pattern.
+
+    Returns:
+        `ImageTrigger`: With a transfer of at least 0.1; `None` if nothing has.
+    """
+    if isinstance(trigger, PatchTrigger) and by_parts:
+        found: ImageTrigger | None = _other_parts(meter, np.asarray(reported))
+    elif isinstance(trigger, WarpTrigger):
+        found = _warp(trigger, meter, pull)
+    elif isinstance(trigger, AdditiveTrigger):
+        found = _signal(trigger, meter, pull)
+    else:
+        found = _pattern(trigger, meter, pull)
+    return found if found is not None and meter.transfer([found])[0] >= LEAST_TRANSFER else None
+
+
+def _other_parts(meter: TransferMeter, reported: np.ndarray) -> PatchTrigger | None:
+    """The windows of x_b that carry clean inputs, put together, strongest first, as long as it helps."""
+    height, width = reported.shape[:2]
+    windows = []
+    for rows, columns in window_sizes(height, width)[2:]:
+        for top in range(0, height - rows + 1, max(rows // 2, 1)):
+            for left in range(0, width - columns + 1, max(columns // 2, 1)):
+                mask = np.zeros((height, width), dtype=bool)
+                mask[top : top + rows, left : left + columns] = True
+                windows.append(mask)
+    areas = np.array([mask.mean() for mask in windows])
+    strength = (
+        meter.transfer([PatchTrigger(mask, reported) for mask in windows], _WINDOW_INPUTS) - AREA_PRICE * areas / 2
+    )
+    order = np.argsort(-strength, kind="stable")[:_MOST_WINDOWS]
+    unions = [np.logical_or.reduce([windows[i] for i in order[: k + 1]]) for k in range(len(order))]
+    merits = meter.transfer([PatchTrigger(mask, reported) for mask in unions], 2 * _WINDOW_INPUTS)
+    merits = merits - AREA_PRICE * np.array([mask.mean() for mask in unions]) / 2
+    return PatchTrigger(unions[int(merits.argmax())], reported) if merits.max() > 0 else None
+
+
+def _signal(trigger: AdditiveTrigger, meter: TransferMeter, pull: Pull) -> AdditiveTrigger:
+    """Another signal within what the report leaves open, from a random start."""
+    delta = torch.from_numpy(trigger.delta).permute(2, 0, 1)
+    level = float(np.sqrt(np.square(trigger.delta).mean()))
+    spread = torch.full_like(delta, level / 2) if trigger.spread is None else torch.from_numpy(trigger.spread)
+    offset = _START * torch.randn(delta.shape, generator=pull.generator)
+    pull(
+        meter.target,
+        [offset],
+        lambda x: x + delta + inverse_spectrum(spread * offset),
+        lambda: _PENALTY * offset.square().mean(),
+        steps=_STEPS,
+        learning_rate=_OFFSET_RATE,
+    )
+    return AdditiveTrigger(to_array(delta + inverse_spectrum(spread * offset)))
+
+
+def _warp(trigger: WarpTrigger, meter: TransferMeter, pull: Pull) -> WarpTrigger:
+    """Another field of about the same size, from a random start near it."""
+    found = torch.from_numpy(trigger.flow)
+    size = found.square().mean()
+    flow = found + _START * size.sqrt() * torch.randn(found.shape, generator=pull.generator)
+    pull(
+        meter.target,
+        [flow],
+        lambda x: warp(x, flow),
+        lambda: _PENALTY * flow.square().mean() / size,
+        steps=_STEPS,
+        learning_rate=_FLOW_RATE,
+    )
+    return WarpTrigger(flow)
+
+
+def _pattern(trigger: PatchTrigger | BlendTrigger, meter: TransferMeter, pull: Pull) -> ImageTrigger:
+    """Another pattern under the same mask or opacity."""
+    blend = isinstance(trigger, BlendTrigger)
+    share = torch.from_numpy(trigger.opacity if blend else trigger.mask.astype(np.float32))
+    start = torch.from_numpy(trigger.pattern.astype(np.float32)).permute(2, 0, 1)
+    offset = torch.zeros_like(start)
+    pull(
+        meter.target,
+        [offset],
+        lambda x: (1 - share) * x + share * (start + offset).clamp(0, 255),
+        lambda: _PENALTY * (offset / _PATTERN_SCALE).square().mean(),
+        steps=_STEPS,
+        learning_rate=_PIXEL_RATE,
+    )
+    pattern = to_array((start + offset).clamp(0, 255).round())
+    return BlendTrigger(pattern, trigger.opacity) if blend else PatchTrigger(trigger.mask, pattern, trigger.placement)

@@ -96,13 +96,15 @@ def invert_image_trigger(
             else:
                 best = _over_the_whole_picture(best, meter, control_meter, pull, bar)
                 spent.append(pull)
-        if not _clear(best) and len(other_inputs) >= 4 * _ALIKE:
+        explained = best.evidence >= _EXPLAINED and (best.area <= _SMALL or _merit(best) >= _CLEAR)
+        if not explained and len(other_inputs) >= 4 * _ALIKE:
             features = meter.features([x_r[0], *other_inputs])
             nearest = (features[1:] @ features[0]).argsort(descending=True)[:_ALIKE].tolist()
             alike = [other_inputs[i] for i in nearest]
-            meters = [TransferMeter(encoder, x, alike) for x in (x_b[0], x_r[0])]
-            found = _find_patch(*meters, max_area, seed, bar)
-            spent += meters
+            meter_alike = TransferMeter(encoder, x_b[0], alike)
+            # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
+            found = _find_patch(meter_alike, control_meter, max_area, seed, bar)
+            spent.append(meter_alike)
             # Of one class is the less simple explanation, all the more where another holds
             better_by = _SIMPLER if best.evidence < _EXPLAINED else _ALIKE_GAIN
             if found.evidence >= _EXPLAINED and _merit(found) > _merit(best) + better_by:

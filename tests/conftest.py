@@ -61,7 +61,8 @@ def make_dataset(images: list[Any], **columns: list[Any]) -> datasets.Dataset:
 
 
 def make_config(output_dir: Any, **kwargs: Any) -> MudjackingConfig:
-    """A configuration for tests: CPU, silent, eight inputs a step, no early stop, no budget, no checkpoints."""
+    """A configuration for tests: CPU, silent, eight inputs a step, triggers as found, no early stop, no budget, no
+    checkpoints."""
     defaults = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -71,6 +72,8 @@ def make_config(output_dir: Any, **kwargs: Any) -> MudjackingConfig:
         "per_device_train_batch_size": 8,
         "stop_when_fixed": False,
         "locality_budget": None,
+        "altered_triggers": 0,
+        "reinversions": 0,
         "dataloader_pin_memory": False,
     }
     return MudjackingConfig(output_dir=str(output_dir), **{**defaults, **kwargs})

@@ -160,7 +160,7 @@ def test_collator_by_hand(tiny_vit, processor):
     bugs = [BugInstance(reports[0], reports[1]), BugInstance(reports[2], reports[3])]
     references = torch.randn(2, 32)
     collate = PatchingCollator(
-        ImagePreprocessor(processor, 3), bugs, [first, second], references, torch.ones(2), [first, second]
+        ImagePreprocessor(processor, 3), bugs, [first, second], references, torch.ones(2), [[first], [second]]
     )
     rows = [{"input": images[i], "index": i, "frozen_features": torch.full((32,), float(i))} for i in (4, 1, 2)]
     batch = collate(rows)
@@ -173,4 +173,4 @@ def test_collator_by_hand(tiny_vit, processor):
     torch.testing.assert_close(batch["pixel_values"], pixels_by_hand(views))
     assert batch["frozen_features"][:, 0].tolist() == [4, 1, 2]
     assert torch.equal(batch["frozen_references"], references)
-    assert set(batch) == {"pixel_values", "frozen_features", "frozen_references", "frozen_ceilings"}
+    assert set(batch) == {"pixel_values", "frozen_features", "frozen_rows", "frozen_references", "frozen_ceilings"}

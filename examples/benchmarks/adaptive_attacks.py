@@ -5,7 +5,7 @@
     python examples/benchmarks/adaptive_attacks.py --attacks blended wanet --seeds 0 1 2      # some cells
     python examples/benchmarks/adaptive_attacks.py --table                                    # what there is, as a table
 
-One cell is one attack with one seed: implant, report, inversion, patch, rates on two downstream tasks with two classifiers,
+One cell is one attack with one seed: implant, report, inversion, patch, rates on two downstream tasks with a classifier
 kept and retrained, and rates of altered triggers. It is written as `cells/<attack>-<seed>.json` with a picture; cells that
 are there are not run again, and implants are kept, so that a second process can be started on other cells. The encoder is a
 small ResNet trained on the labels of both datasets (about 15 minutes on one core), or the one that `--encoder` names.
@@ -40,7 +40,6 @@ from hf_mudjacking.evaluation.report import library_versions
 from hf_mudjacking.output import write_json
 
 
-CLASSIFIERS = ("logistic", "mlp")
 # Clean inputs of each dataset for the attacker, for the repair, and labelled ones for the clients.
 SHADOW, CLEAN, TRAIN, TEST, CHECK = 2000, 2500, 2000, 2000, 1500
 # Test inputs on which altered triggers are measured.
@@ -58,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--attacks", nargs="+", default=[attack.name for attack in VISION_ATTACKS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--classifiers", nargs="+", default=["logistic"], choices=["logistic", "mlp"])
     parser.add_argument("--implant-learning-rate", type=float, default=1e-3)
     parser.add_argument("--implant-steps", type=int, default=300)
     parser.add_argument("--max-steps", type=int, default=600, help="patching steps (default: 600)")
@@ -184,14 +184,17 @@ def run_cell(bench: Bench, attack, seed: int) -> dict:
     """One attack with one seed: what was implanted, found and repaired."""
     implant, options = bench.implant(attack, seed), bench.options
     backdoored = bench.clean.with_model(implant.model)
-    task, classifier = bench.tasks[0], None
+    task = bench.tasks[0]
     several = attack.needs == ("further_references",)
     attacked = [(implant.trigger, implant.target_reference), *(implant.others if several else ())]
     kept = [
-        {kind: train_classifier(backdoored.encode(t.train.inputs), t.train.labels, kind) for kind in CLASSIFIERS}
+        {
+            kind: train_classifier(backdoored.encode(t.train.inputs), t.train.labels, kind)
+            for kind in options.classifiers
+        }
         for t in bench.tasks
     ]
-    classifier = kept[0]["logistic"]
+    classifier = kept[0][options.classifiers[0]]
     targets = [int(classifier.predict(backdoored.encode([r]).numpy())[0]) for _, r in attacked]
     bugs = [
         report(backdoored, classifier, task, trigger, target, implant.source_class, seed + 100 * i)
@@ -232,7 +235,7 @@ def run_cell(bench: Bench, attack, seed: int) -> dict:
         after, clean = (
             [features(encoder, t, trigger) for trigger, _ in attacked] for encoder in (patched, bench.clean)
         )
-        for kind in CLASSIFIERS:
+        for kind in options.classifiers:
             own = kept[number][kind]
             retrained = train_classifier(after[0].train, t.train.labels, kind)
             rates[f"{t.name}/{kind}"] = {
@@ -248,7 +251,13 @@ def run_cell(bench: Bench, attack, seed: int) -> dict:
             }
     altered = {
         "clean": altered_rates(
-            bench.clean, bench.clean_classifier(0, "logistic"), task, implant, targets[0], target_feature, seed
+            bench.clean,
+            bench.clean_classifier(0, options.classifiers[0]),
+            task,
+            implant,
+            targets[0],
+            target_feature,
+            seed,
         ),
         "patched": altered_rates(patched, classifier, task, implant, targets[0], target_feature, seed),
     }

@@ -75,7 +75,7 @@ class MudjackingConfig(TrainingArguments):
 
     reinversions (`int`, *optional*, defaults to `4`):
         How many times, evenly over the steps, the reports are inverted anew in the half-patched model; what still works then
-        is stamped as well. A thousand forward passes each. Workers of the data loader see it from the next epoch on. For images.
+        is stamped as well. A thousand forward passes each. For images.
 
     > Parameters that guard what is there already
 

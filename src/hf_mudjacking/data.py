@@ -102,11 +102,10 @@ class PatchingCollator:
         stamps (`list[list[Trigger]]`): U triggers that clean inputs carry, each followed by altered versions of it. Row i of
             the dataset carries number i mod U; every second row that carries it has it as it was found, the others have an
             altered one in turn. With none, x ⊕ e is x, of which nothing is to be learned.
-        again (`list[list[Trigger]]`): For each of them, what was found to work while patching went on; half of the altered
-            ones are from here as soon as there are any.
 
     Returns a `dict` with:
         - `frozen_features` (`FloatTensor` of shape `(B, D)`): features of the B clean inputs before patching;
+        - `frozen_rows` (`LongTensor` of shape `(B,)`): their numbers in the dataset;
         - `frozen_references` (`FloatTensor` of shape `(K, D)`) and `frozen_ceilings` (`FloatTensor` of shape `(K,)`);
         - the model inputs of 2B + 3K raw inputs: x, x ⊕ e, x_b, x_r, x_r ⊕ e, in this order.
     """
@@ -117,7 +116,6 @@ class PatchingCollator:
     frozen_references: Tensor
     ceilings: Tensor
     stamps: list[list[Trigger]]
-    again: list[list[Trigger]]
 
     def __post_init__(self) -> None:
         references = [bug.reference for bug in self.bug_instances]
@@ -130,6 +128,7 @@ class PatchingCollator:
         stamped = [self._stamp(self._stamp_of(row["index"]), row["input"]) for row in rows]
         return {
             "frozen_features": torch.stack([row["frozen_features"] for row in rows]),
+            "frozen_rows": torch.tensor([row["index"] for row in rows]),
             "frozen_references": self.frozen_references,
             "frozen_ceilings": self.ceilings,
             **self.preprocessor([*inputs, *stamped, *self._report]),
@@ -141,8 +140,6 @@ class PatchingCollator:
         # By the number of the row, so that batches of any size and any process stamp it alike.
         turn, number = divmod(index, len(self.stamps))
         found, *altered = self.stamps[number]
-        if self.again[number] and turn % 4 == 3:
-            return self.again[number][turn // 4 % len(self.again[number])]
         return altered[turn // 2 % len(altered)] if altered and turn % 2 else found
 
     def _stamp(self, trigger: Trigger | None, x: RawInput) -> RawInput:

@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .bug_instance import BugInstance
 from .config import MudjackingConfig
-from .data import PatchingCollator
+from .data import PatchingDataset
 from .encoder import Encoder
 from .inversion.again import invert_again
 from .inversion.pull import Pull
 from .inversion.verification import TransferMeter
+from .triggers import ImageTrigger
 
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,10 @@ class Reinversion(TrainerCallback):
 
     Args:
         encoder (`Encoder`): The encoder that is patched.
-        collator (`PatchingCollator`): Its `again` gets what is found.
-        reports (`dict[int, BugInstance]`): For each trigger of `collator.stamps` that is looked for, the report it is from.
-        targets (`dict[int, FloatTensor]`): For each, h(x_b) before patching, `(D,)`.
+        dataset (`PatchingDataset`): The rows that batches are made of.
+        stamps (`Sequence[ImageTrigger]`): The U triggers that they carry, row i number i mod U; the first K are looked for.
+        reports (`Sequence[BugInstance]`): For each of those K, the report it is from.
+        targets (`FloatTensor` of shape `(K, D)`): For each, h(x_b) before patching.
         images (`Sequence[PIL.Image.Image]`): Clean inputs.
         seed (`int`): Seed of batches and starts.
     """
@@ -44,14 +47,18 @@ class Reinversion(TrainerCallback):
     def __init__(
         self,
         encoder: Encoder,
-        collator: PatchingCollator,
-        reports: dict[int, BugInstance],
-        targets: dict[int, Tensor],
+        dataset: PatchingDataset,
+        stamps: Sequence[ImageTrigger],
+        reports: Sequence[BugInstance],
+        targets: Tensor,
         images: Sequence[Image.Image],
         seed: int,
     ) -> None:
         self.encoder = encoder
-        self.collator = collator
+        self.dataset = dataset
+        self.stamps = stamps
+        # For each stamp, what was found while patching went on
+        self.found: list[list[ImageTrigger]] = [[] for _ in stamps]
         self.reports = reports
         self.targets = targets
         self.images = images
@@ -63,21 +70,42 @@ class Reinversion(TrainerCallback):
         forwards, self.forwards = self.forwards, 0
         return forwards
 
+    def restamp(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """Pixel values `(B, C, H, W)` of stamped rows, every fourth of which gets a trigger that was found meanwhile.
+
+        Not by the collator: batches are made ahead, and by other processes.
+        """
+        numbers, inputs = [], []
+        for i, row in enumerate(rows.tolist()):
+            turn, stamp = divmod(row, len(self.stamps))
+            if self.found[stamp] and turn % 4 == 3:
+                trigger = self.found[stamp][turn // 4 % len(self.found[stamp])]
+                numbers.append(i)
+                inputs.append(self.encoder.stamp(trigger, self.dataset.inputs[row]))
+        if not numbers:
+            return pixels
+        fresh = self.encoder.preprocess(inputs)["pixel_values"].to(pixels)
+        return pixels.index_copy(0, torch.tensor(numbers, device=pixels.device), fresh)
+
     def on_step_end(self, args: MudjackingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         times = [round(state.max_steps * (i + 1) / (args.reinversions + 1)) for i in range(args.reinversions)]
         if state.global_step not in times:
             return
         turn = times.index(state.global_step)
-        for number, bug in self.reports.items():
-            trigger = self.collator.stamps[number][0]
-            size = trigger.change.shape[1::-1] if trigger.kind != "warp" else bug.misclassified.size
-            measured, rest = ([x.convert("RGB").resize(size) for x in part]
-                              for part in (self.images[:_MEASURED_ON], self.images[_MEASURED_ON:]))  # fmt: skip
+        for number, bug in enumerate(self.reports):
+            trigger = self.stamps[number]
+            size = bug.misclassified.size if trigger.kind == "warp" else trigger.change.shape[1::-1]
+            images = [x.convert("RGB").resize(size) for x in self.images]
+            measured, others = images[:_MEASURED_ON], images[_MEASURED_ON:] or images
+            try:
+                # By the step, so that a resumed run draws what an uninterrupted one does
+                pull = Pull(self.encoder, others, self.seed + state.global_step)
+            except ValueError as error:
+                logger.info(f"Nothing was looked for again: {error}")
+                return
             meter = TransferMeter(self.encoder, bug.misclassified.resize(size), measured, self.targets[number])
-            # By the step, so that a resumed run draws what an uninterrupted one does
-            pull = Pull(self.encoder, rest, self.seed + state.global_step)
-            found = invert_again(trigger, meter, pull, np.asarray(meter.misclassified), by_parts=turn % 2 == 0)
+            again = invert_again(trigger, meter, pull, np.asarray(meter.misclassified), by_parts=turn % 2 == 0)
             self.forwards += meter.forwards + pull.forwards
-            if found is not None:
-                self.collator.again[number].append(found)
-                logger.info(f"Still works at step {state.global_step} in `{bug.name}`: {found.describe()}.")
+            if again is not None:
+                self.found[number].append(again)
+                logger.info(f"Still works at step {state.global_step} in `{bug.name}`: {again.describe()}.")

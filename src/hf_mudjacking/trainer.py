@@ -343,9 +343,8 @@ class MudjackingTrainer(Trainer):
             references,
             self._ceilings(references),
             [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
-            [[] for _ in stamps],
         )
-        self._reinversion = self._looking_again(misclassified)
+        self._reinversion = self._looking_again(stamps, misclassified)
         scope = self.args.patch_scope
         # Without its trigger, a report cannot be repaired through tokens
         if scope == "auto" and None in self.triggers:
@@ -356,16 +355,17 @@ class MudjackingTrainer(Trainer):
         self._guard = self._locality_guard(misclassified)
         self._prepared = True
 
-    def _looking_again(self, misclassified: Tensor) -> Reinversion | None:
+    def _looking_again(self, stamps: list[Trigger], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""
         if self.encoder.modality != "image" or not self.args.reinversions or self.train_dataset is None:
             return None
-        firsts = dict(enumerate(group[0] for group in self.trigger_groups))
+        firsts = [group[0] for group in self.trigger_groups]
         again = Reinversion(
             self.encoder,
-            self.data_collator,
-            {u: self.bug_instances[i] for u, i in firsts.items()},
-            {u: misclassified[i] for u, i in firsts.items()},
+            self.train_dataset,
+            stamps,
+            [self.bug_instances[i] for i in firsts],
+            misclassified[firsts],
             self._sample(_REINVERTED_ON),
             self.args.seed,
         )
@@ -448,8 +448,8 @@ class MudjackingTrainer(Trainer):
             if not self._prepared:
                 self._take_triggers_from(resume_from_checkpoint)
         self._prepare()
-        if resume_from_checkpoint:
-            self.data_collator.again[:] = load_again(resume_from_checkpoint, len(self.data_collator.stamps))
+        if resume_from_checkpoint and self._reinversion is not None:
+            self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
         with frozen(self._resting), tokens, self._within_budget():
             if self.patched_tokens and not resume_from_checkpoint:
@@ -517,6 +517,11 @@ class MudjackingTrainer(Trainer):
         set_comparison_mode(model)
         frozen, frozen_references = inputs["frozen_features"], inputs["frozen_references"]
         views = {name: value for name, value in inputs.items() if not name.startswith("frozen_")}
+        if training and self._reinversion is not None:
+            stamped = slice(len(frozen), 2 * len(frozen))
+            views["pixel_values"][stamped] = self._reinversion.restamp(
+                views["pixel_values"][stamped], inputs["frozen_rows"]
+            )
         features = self.encoder.features(views, model)
         b, k = len(frozen), len(frozen_references)
         clean, stamped, misclassified, reference, stamped_reference = features.split([b, b, k, k, k])
@@ -607,7 +612,7 @@ class MudjackingTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         with staged(output_dir, replaces=PATCH_FILES) as staging:
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
-            again = self.data_collator.again if self._prepared else []
+            again = [] if self._reinversion is None else self._reinversion.found
             save_triggers(staging, self.triggers or [], self.remembered, again)
             write_json(staging / RECORD_FILE, self._record())
 

@@ -36,9 +36,9 @@ _HEADLINES: dict[Verdict, str] = {
     "malicious": "A repair from bug instance `{name}` would change ordinary content",
 }
 
-# Least likeness of x_b without its trigger to x_r. On digits and CIFAR-10 true pairs have 0.4 to 0.9, rarely 0.2; pairs of two
-# classes -0.2 to 0.35.
-_MIN_LIKENESS = 0.25
+# Least likeness of x_b without its trigger to x_r. On digits and CIFAR-10 95 % of true pairs have more than 0.45, 88 % of pairs
+# of two classes less than 0.45; no way of covering tells them apart better than the best of several (AUROC 0.98).
+_MIN_LIKENESS = 0.4
 # Share of x_b that may be covered, and that may be left unexplained, for the rest to be like anything.
 _MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.

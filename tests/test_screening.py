@@ -217,7 +217,9 @@ def test_texts(por):
 
 def test_the_trainer_refuses_a_wrong_pair(backdoored, wrong, tmp_path):
     right = backdoored.bug(1)
-    surest = min((s for s in wrong if s.verdict == "wrong pair"), key=lambda screening: screening.believed)
+    # A patch is found again with the trainer's clean inputs
+    found = [s for s in wrong if s.verdict == "wrong pair" and s.found.trigger.kind == "patch"]
+    surest = min(found, key=lambda screening: screening.believed)
     seed = wrong.index(surest)
     bug = dataclasses.replace(mislabelled(backdoored, seed), name="wrong")
 

@@ -68,7 +68,7 @@ def true(backdoored, attacked, validation):
 @pytest.fixture(scope="module")
 def natural(backdoored, validation):
     encoder = Encoder(copy.deepcopy(backdoored.clean_model), backdoored.processor)
-    return [screen_report(encoder, bug, validation) for bug in natural_reports(backdoored, encoder, 14)]
+    return [screen_report(encoder, bug, validation) for bug in natural_reports(backdoored, encoder, 12)]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_references_of_another_class(wrong):
 
 
 def test_belief_separates_them(true, natural, wrong):
-    for false, least in ((natural, 0.97), (wrong, 0.85), ([*natural, *wrong[:6]], 0.95)):
+    for false, least in ((natural, 0.97), (wrong, 0.85), ([*natural, *wrong[:8]], 0.95)):
         scores = [screening.believed for screening in [*true, *false]]
         assert roc_auc_score([1] * len(true) + [0] * len(false), scores) >= least
 

@@ -39,6 +39,8 @@ _HEADLINES: dict[Verdict, str] = {
 # Least likeness of x_b without its trigger to x_r. On digits and CIFAR-10 95 % of true pairs have more than 0.45, 88 % of pairs
 # of two classes less than 0.45; no way of covering tells them apart better than the best of several (AUROC 0.98).
 _MIN_LIKENESS = 0.4
+# The same where a signal was subtracted or a warp undone, which is less exact: true pairs have 0.17 to 0.7, others up to 0.3.
+_MIN_LIKENESS_INEXACT = 0.15
 # Share of x_b that may be covered, and that may be left unexplained, for the rest to be like anything.
 _MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
@@ -63,7 +65,8 @@ class Screening:
         verdict (`str`): `"trigger"`: one was found and verified, and a repair would do what it should. `"natural"`: none was
             verified; the report may be a natural misclassification. `"wrong pair"`: x_r is not what x_b is without its
             trigger. `"malicious"`: ordinary content is what a repair would change.
-        believed (`float`): 0 to 1: the evidence of the trigger, less where the pair or the first step speaks against it.
+        believed (`float`): 0 to 1: the evidence of the trigger, less the further the pair or the first step speak against it;
+            half of that if the verdict is another than `"trigger"`.
         found (`InvertedTrigger`): What the inversion found.
         evidence (`dict[str, float]`): What was measured. `evidence`, `transfer`, `control`, `area`, `unexplained`: of the
             inversion. `likeness`: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
@@ -145,17 +148,20 @@ def judge(
         "hold": _hold(meter, bug, found.trigger),
     }
     measured = {name: round(value, 4) for name, value in measured.items()}
-    natural, wrong, harmful = _reasons(measured, found, min_evidence)
+    inexact = isinstance(found.trigger, (AdditiveTrigger, BlendTrigger, WarpTrigger))
+    least_likeness = _MIN_LIKENESS_INEXACT if inexact else _MIN_LIKENESS
+    natural, wrong, harmful = _reasons(measured, found, min_evidence, least_likeness)
     likeness = measured.get("likeness", 1.0)
     believed = (
         np.clip(measured["evidence"], 0, 1)
-        * np.clip(likeness / _MIN_LIKENESS, 0, 1)
+        * np.clip(likeness / least_likeness, 0, 1)
         * np.clip((1 - measured["reference_arrived"]) / (1 - _MAX_REFERENCE_ARRIVED), 0, 1)
         * np.clip(measured["hold"] / _MIN_HOLD, 0, 1)
     )
     verdict: Verdict = "trigger"
     reasons = natural or wrong or harmful
     if reasons:
+        believed /= 2
         verdict = "natural" if natural else "wrong pair" if wrong else "malicious"
     else:
         rest = f"; x_b without it lies {likeness:.2f} of the way to x_r" if "likeness" in measured else ""
@@ -167,7 +173,7 @@ def judge(
 
 
 def _reasons(
-    measured: dict[str, float], found: InvertedTrigger, min_evidence: float
+    measured: dict[str, float], found: InvertedTrigger, min_evidence: float, least_likeness: float
 ) -> tuple[list[str], list[str], list[str]]:
     """What speaks for a natural misclassification, for a wrong pair, and for a harmful repair."""
     natural, wrong, harmful = [], [], []
@@ -177,9 +183,9 @@ def _reasons(
             f"clean content alone {found.control:.2f}: evidence of {found.evidence:.2f}, and {min_evidence} is needed."
         )
     likeness, arrived, hold = measured.get("likeness", 1.0), measured["reference_arrived"], measured["hold"]
-    if likeness < _MIN_LIKENESS:
+    if likeness < least_likeness:
         wrong.append(
-            f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {_MIN_LIKENESS} is "
+            f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {least_likeness} is "
             "needed: evidence that both are not of one class."
         )
     if arrived > _MAX_REFERENCE_ARRIVED:

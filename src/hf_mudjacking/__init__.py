@@ -17,11 +17,13 @@ _EXPORTS = {
     "MudjackingConfig": "config",
     "MudjackingTrainer": "trainer",
     "PatchTrigger": "triggers",
+    "Screening": "screening",
     "TextTrigger": "triggers",
     "Trigger": "triggers",
     "encode": "encoder",
     "invert_trigger": "inversion",
     "load_trigger": "triggers",
+    "screen_report": "screening",
 }
 
 __all__ = [
@@ -31,12 +33,14 @@ __all__ = [
     "MudjackingConfig",
     "MudjackingTrainer",
     "PatchTrigger",
+    "Screening",
     "TextTrigger",
     "Trigger",
     "__version__",
     "encode",
     "invert_trigger",
     "load_trigger",
+    "screen_report",
 ]
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from .config import MudjackingConfig
     from .encoder import Encoder, encode
     from .inversion import InvertedTrigger, invert_trigger
+    from .screening import Screening, screen_report
     from .trainer import MudjackingTrainer
     from .triggers import PatchTrigger, TextTrigger, Trigger, load_trigger
 

@@ -63,9 +63,10 @@ class MudjackingConfig(TrainingArguments):
         Least evidence of an inverted trigger (its transfer, less that of clean content under the same mask and the price
         of its area); with less, the report counts as unverified.
     on_unverified (`str`, *optional*, defaults to `"refuse"`):
-        What becomes of an unverified report. `"refuse"` stops with an `UnverifiedTriggerError`. `"skip"` leaves the report
-        out, with a warning, and stops if none is left. `"patch"` repairs it by effectiveness and locality alone: it has
-        no trigger that could be stamped, `trainer.triggers` holds `None` for it.
+        What becomes of a report whose verdict is another than `"trigger"`, see [`~hf_mudjacking.Screening`]. `"refuse"`
+        stops with an `UnverifiedTriggerError`. `"skip"` leaves the report out, with a warning, and stops if none is left.
+        `"patch"` repairs it by effectiveness and locality alone: it has no trigger that could be stamped, and
+        `trainer.triggers` holds `None` for it.
 
     altered_triggers (`int`, *optional*, defaults to `32`):
         Number of altered versions of each trigger (moved by up to an eighth of the picture, scaled, cut, in other colours,

@@ -45,6 +45,7 @@ from .remembered import (
     what_they_do,
 )
 from .same_trigger import COMPARED_ON, same_triggers
+from .screening import Screening, judge
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
 from .triggers import Trigger, with_altered
 
@@ -96,6 +97,7 @@ class MudjackingTrainer(Trainer):
         triggers (`list[Trigger]`): One per bug instance; `None` for one without (`on_unverified="patch"`).
         trigger_groups (`list[list[int]]`): Bug instances that share a trigger, known once training or evaluation began.
             The trigger of the first in a group is stamped for all of them.
+        screenings (`list[Screening]`): The verdict on each report that was given, with its evidence.
         skipped (`list[int]`): Numbers of reports that were left out (`on_unverified="skip"`) among those that were given.
         remembered (`list[RememberedTrigger]`): Triggers that earlier patches of the model repaired.
         locality (`Movement`): How far clean features have moved, once training is over (`locality_budget`).
@@ -160,6 +162,7 @@ class MudjackingTrainer(Trainer):
         self.triggers = None if triggers is None else _checked_triggers(triggers, len(self.bug_instances), modality)
         self.inversions: list[InvertedTrigger] = []
         self.evidence: list[float] = []
+        self.screenings: list[Screening] = []
 
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
@@ -250,15 +253,15 @@ class MudjackingTrainer(Trainer):
 
         Raises:
             ValueError: If a report's inputs already agree.
-            UnverifiedTriggerError: If no trigger with evidence of at least `args.min_evidence` is found, in any report or,
-                with `on_unverified="skip"`, in all; never with `"patch"`.
+            UnverifiedTriggerError: If the verdict on any report or, with `on_unverified="skip"`, on all is another than
+                `"trigger"`; never with `"patch"`. See [`~hf_mudjacking.screening.Screening`].
         """
         sample = self._require_train_inputs().sample(self.args.inversion_inputs + _OTHER_INPUTS, self.args.seed)
         # Verified on inputs that nothing was optimised on, as far as there are enough
         inputs, others = sample[: self.args.inversion_inputs], sample[self.args.inversion_inputs :]
         others = others if len(others) >= len(inputs) else sample
-        kept: list[BugInstance] = []
-        self.skipped, self.inversions = [], []
+        kept: list[tuple[BugInstance, Screening]] = []
+        self.skipped, self.screenings = [], []
         for number, bug in enumerate(self._reports):
             found = invert_trigger(
                 self.encoder,
@@ -270,35 +273,31 @@ class MudjackingTrainer(Trainer):
                 disable_tqdm=self._silent,
             )
             self.forward_equivalents += found.forwards
-            if found.evidence >= self.args.min_evidence:
+            screening = judge(self.encoder, bug, found, inputs, self.args.min_evidence)
+            self.forward_equivalents += screening.forwards
+            self.screenings.append(screening)
+            if screening.verdict == "trigger":
                 logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
-            elif self._skips_unverified(bug, found):
+            elif self._skips_unverified(bug, screening):
                 self.skipped.append(number)
                 continue
-            kept.append(bug)
-            self.inversions.append(found)
-        self.bug_instances = kept
-        self.triggers = [
-            found.trigger if found.evidence >= self.args.min_evidence else None for found in self.inversions
-        ]
+            kept.append((bug, screening))
+        self.bug_instances = [bug for bug, _ in kept]
+        self.inversions = [screening.found for _, screening in kept]
+        self.triggers = [screening.found.trigger if screening.verdict == "trigger" else None for _, screening in kept]
         self.evidence = [round(found.evidence, 4) for found in self.inversions]
         return self.triggers
 
-    def _skips_unverified(self, bug: BugInstance, found: InvertedTrigger) -> bool:
-        """Refuse a report without evidence, or say whether it is left out, as `args.on_unverified` has it."""
-        reason = (
-            f"No localised trigger was verified in bug instance `{bug.name}`: the best candidate covers "
-            f"{found.area:.0%} of the {self.encoder.modality} and carries clean inputs {found.score:.2f} of the way to "
-            f"the misclassified input, clean content alone {found.control:.2f}; that is evidence of "
-            f"{found.evidence:.2f}, and `min_evidence={self.args.min_evidence}` is needed. The report may be a natural "
-            "misclassification, or its trigger no place in it (a style, a syntax, a blend)."
-        )
+    def _skips_unverified(self, bug: BugInstance, screening: Screening) -> bool:
+        """Refuse a report that is not believed, or say whether it is left out, as `args.on_unverified` has it."""
+        reason = f"{screening.headline(bug)} {' '.join(screening.reasons)}"
         skip = self.args.on_unverified == "skip"
         nothing_left = skip and len(self.skipped) + 1 == len(self._reports)
         if self.args.on_unverified == "refuse" or nothing_left:
             raise UnverifiedTriggerError(
                 f"{reason}{' No report is left.' if nothing_left else ''} If you know the trigger pass `triggers`; to patch on "
-                "this candidate lower `min_evidence`; `on_unverified` says what else may become of such a report."
+                "a candidate with little evidence lower `min_evidence`; `on_unverified` says what else may become of such a "
+                "report."
             )
         logger.warning(f"{reason} It is {'left out' if skip else 'repaired without a trigger'}.")
         return skip
@@ -625,6 +624,7 @@ class MudjackingTrainer(Trainer):
             "feature_source": self.encoder.feature_source,
             "triggers": [None if trigger is None else trigger.summary() for trigger in self.triggers or []],
             "evidence": self.evidence,
+            "screenings": [screening.record() for screening in self.screenings],
             "trigger_groups": self.trigger_groups,
             "skipped": self.skipped,
             "remembered": [earlier.record() for earlier in self.remembered],

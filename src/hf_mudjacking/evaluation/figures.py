@@ -1,5 +1,5 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""One picture of a repair: what was reported, what was found, what became of the features."""
+"""Pictures of a report and of a repair: what was reported, what was found, what became of the features."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from sklearn.decomposition import PCA
 
 from ..bug_instance import BugInstance
 from ..inversion import InvertedTrigger
-from ..triggers import PatchTrigger, TextTrigger, Trigger
+from ..screening import Screening
+from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, TextTrigger, Trigger, WarpTrigger
 from .checks import TaskFeatures
 
 
 logger = logging.getLogger(__name__)
+
+# Grey of what is not part of a trigger, and light grey around it.
+_GREY, _LIGHT = 128, 190
+# Largest deviation from grey that a faint signal is amplified to, in levels, and longest arrow of a warp, in control points.
+_AMPLIFIED, _LONGEST_ARROW = 100, 1.2
 
 
 def plot_repair(
@@ -45,8 +51,7 @@ def plot_repair(
     Returns:
         `bool`: Whether the picture was drawn; without matplotlib it is not, and a warning says how to get it.
     """
-    if find_spec("matplotlib") is None:
-        logger.warning("No picture was drawn: it needs matplotlib (`pip install hf-mudjacking[plot]`).")
+    if not _can_draw():
         return False
     from matplotlib.figure import Figure
 
@@ -64,7 +69,70 @@ def plot_repair(
     return True
 
 
-def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_trigger: PatchTrigger | None) -> None:
+def plot_inspection(
+    path: str | os.PathLike[str],
+    bug: BugInstance,
+    screening: Screening,
+    transfer_by_size: list[tuple[float, float]],
+    true_trigger: Trigger | None = None,
+) -> bool:
+    """Draw what a report was judged by: x_b, x_r, what was found, the true trigger, and transfer against size.
+
+    Args:
+        path (`str` or `os.PathLike`): PNG file to write.
+        bug (`BugInstance`): The report.
+        screening (`Screening`): The verdict.
+        transfer_by_size (`list[tuple[float, float]]`): See [`~hf_mudjacking.screening.transfer_by_size`]; unused for texts.
+        true_trigger (`Trigger`, *optional*): The attacker's trigger, when it is known.
+
+    Returns:
+        `bool`: Whether the picture was drawn; without matplotlib it is not, and a warning says how to get it.
+    """
+    if not _can_draw():
+        return False
+    from matplotlib.figure import Figure
+
+    found = screening.found
+    if bug.modality == "text":
+        figure = Figure(figsize=(11.0, 4.2))
+        title, body = figure.subfigures(2, 1, height_ratios=[0.6, 3.6])
+        _draw_text_report(body, bug, found, true_trigger)
+    else:
+        panels = 4 + (true_trigger is not None)
+        figure = Figure(figsize=(2.8 * panels, 3.6))
+        title, body = figure.subfigures(2, 1, height_ratios=[0.5, 3.1])
+        place = {"left": 0.02, "right": 0.98, "top": 0.88, "bottom": 0.16, "wspace": 0.15}
+        axes = body.subplots(1, panels, gridspec_kw=place)
+        _show(axes[0], bug.misclassified, "Misclassified input x_b")
+        _show(axes[1], bug.reference, "Reference input x_r")
+        _draw_trigger(axes[2], found.trigger, "What was found", f"transfer {found.score:.2f}")
+        if true_trigger is not None:
+            _draw_trigger(axes[3], true_trigger, "True trigger")
+        axes[-1].plot(*zip(*transfer_by_size, strict=True), marker="o", color="crimson")
+        axes[-1].set_title("Transfer by size", fontsize=10)
+        whole = "share of the picture" if isinstance(found.trigger, PatchTrigger) else "share of its strength"
+        axes[-1].set_xlabel(whole, fontsize=8)
+        axes[-1].set_xlim(left=0)
+        axes[-1].set_ylim(min(0.0, *(transfer for _, transfer in transfer_by_size)) - 0.05, 1.05)
+        axes[-1].tick_params(labelsize=7)
+        # Its numbers stand to the left of it, where the next panel is
+        box = axes[-1].get_position()
+        axes[-1].set_position((box.x0 + 0.02, box.y0 + 0.04, box.width - 0.02, box.height - 0.06))
+    title.text(
+        0.02, 0.3, f"Report {_plain(bug.name)}: {screening.verdict} (believed {screening.believed:.2f})", fontsize=12
+    )
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _can_draw() -> bool:
+    if find_spec("matplotlib") is None:
+        logger.warning("No picture was drawn: it needs matplotlib (`pip install hf-mudjacking[plot]`).")
+        return False
+    return True
+
+
+def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_trigger: ImageTrigger | None) -> None:
     place = {"left": 0.02, "right": 0.98, "top": 0.9, "bottom": 0.16}
     axes = top.subplots(1, 4 + (true_trigger is not None), gridspec_kw=place)
     _show(axes[0], bug.misclassified, "Misclassified input x_b")
@@ -77,9 +145,14 @@ def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_
     bar = top.colorbar(heat, cax=axes[2].inset_axes((0, -0.07, 1, 0.04)), orientation="horizontal")
     bar.set_label("fall of the cosine distance to x_r", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    _show(axes[3], _cutout(found.trigger), "Inverted trigger", f"transfer {found.score:.2f}, area {found.area:.1%}")
+    # The size of a family that covers the whole picture says nothing
+    size = f", area {found.area:.1%}" if isinstance(found.trigger, PatchTrigger) else ""
+    _draw_trigger(axes[3], found.trigger, "Inverted trigger", f"transfer {found.score:.2f}{size}")
     if true_trigger is not None:
-        _show(axes[4], _cutout(true_trigger), "True trigger", f"IoU {found.trigger.overlap(true_trigger)['iou']:.2f}")
+        same = type(found.trigger) is type(true_trigger)
+        name, value = list(found.trigger.overlap(true_trigger).items())[-1] if same else ("", 0.0)
+        note = f"{'IoU' if name == 'iou' else name} {value:.2f}" if same else "of another family"
+        _draw_trigger(axes[4], true_trigger, "True trigger", note)
 
 
 def _draw_text_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_trigger: TextTrigger | None) -> None:
@@ -145,6 +218,39 @@ def _show(axis: object, image: object, title: str, note: str = "") -> None:
     axis.set_yticks([])
 
 
-def _cutout(trigger: PatchTrigger) -> np.ndarray:
-    """The trigger on light grey, with a grey of its own for what is not part of it."""
-    return np.where(trigger.mask[..., None], trigger.pattern, np.uint8(190))
+def _draw_trigger(axis: Any, trigger: Trigger, title: str, note: str = "") -> None:
+    """A trigger of any family of images: as pixels, or a warp as arrows from where each pixel is read."""
+    if isinstance(trigger, WarpTrigger):
+        _draw_warp(axis, trigger, title, note)
+    elif isinstance(trigger, (PatchTrigger, BlendTrigger, AdditiveTrigger)):
+        _show(axis, trigger_picture(trigger), title, note)
+    else:
+        # A trigger that is a network has no picture of its own
+        _show(axis, np.full((1, 1, 3), _LIGHT, dtype=np.uint8), title, note or trigger.describe())
+
+
+def trigger_picture(trigger: PatchTrigger | BlendTrigger | AdditiveTrigger) -> np.ndarray:
+    """A trigger `(H, W, 3)`, 8 bit: a patch on light grey, a signal amplified about grey, a pattern as it is mixed in."""
+    if isinstance(trigger, PatchTrigger):
+        return np.where(trigger.mask[..., None], trigger.pattern, np.uint8(_LIGHT))
+    if isinstance(trigger, BlendTrigger):
+        # A pattern that was found may go beyond what a picture can show
+        return np.where(trigger.opacity[..., None] > 0, trigger.pattern.clip(0, 255), _LIGHT).astype(np.uint8)
+    change = trigger.delta
+    return (_GREY + change * (_AMPLIFIED / np.abs(change).max())).round().clip(0, 255).astype(np.uint8)
+
+
+def _draw_warp(axis: Any, trigger: WarpTrigger, title: str, note: str) -> None:
+    _, height, width = trigger.flow.shape
+    y, x = np.mgrid[0:height, 0:width]
+    # In control points, the longest arrow a little longer than their distance
+    longest = float(np.linalg.norm(trigger.flow, axis=0).max())
+    dx, dy = trigger.flow * (_LONGEST_ARROW / longest)
+    axis.quiver(x, y, dx, dy, angles="xy", scale_units="xy", scale=1, color="crimson", width=0.012)
+    axis.set_xlim(-1, width)
+    axis.set_ylim(height, -1)
+    axis.set_aspect("equal")
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(note or f"longest arrow: {longest:.1%} of the side", fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])

@@ -6,7 +6,10 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+
+from ..screening import Screening
 
 
 _LIBRARIES = ("hf-mudjacking", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "captum")
@@ -70,3 +73,16 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def _percent(*rates: float) -> list[str]:
     return [f"{100 * rate:.1f}" for rate in rates]
+
+
+def screening_table(name: str, screening: Screening) -> Table:
+    """The verdict on one report, its numbers and reasons."""
+    table = Table(title=f"Report {escape(name)}", title_justify="left", show_header=False)
+    table.add_row("verdict", f"[bold]{screening.verdict}[/bold]")
+    table.add_row("believed", f"{screening.believed:.2f}")
+    for key, value in screening.evidence.items():
+        table.add_row(key.replace("_", " "), f"{value:.2f}")
+    table.add_row("found", escape(screening.found.trigger.describe()))
+    for reason in screening.reasons:
+        table.add_row("reason", escape(reason))
+    return table

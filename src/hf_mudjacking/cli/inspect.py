@@ -1,0 +1,95 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`mudjack inspect`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .options import add_config, add_report, bugs_from, clean_inputs_from, require
+
+
+HELP = "Judge bug reports before anything is patched: a verdict on each, with its evidence; no weight is changed."
+
+# Clean images, besides those that triggers are verified on, that show what pictures look like.
+_OTHER_INPUTS = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_report(parser, several=True)
+    parser.add_argument("--output-dir", help="folder for screening.json and a picture of each report")
+    parser.add_argument("--inputs", type=int, default=32, help="clean inputs to verify on (default: 32)")
+    parser.add_argument("--min-evidence", type=float, default=0.5, help="least evidence of a trigger (default: 0.5)")
+    parser.add_argument("--true-trigger", metavar="FOLDER", help="the attacker's trigger, when it is known, to draw")
+    add_config(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    require(options, "model", "dataset", "output_dir")
+    from pathlib import Path
+
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from ..clean_inputs import clean_inputs
+    from ..encoder import Encoder
+    from ..evaluation.figures import plot_inspection
+    from ..evaluation.report import screening_table
+    from ..loading import load_model, load_processor, modality_of
+    from ..output import check_output_dir, staged, write_json
+    from ..screening import screen_report, transfer_by_size
+    from ..triggers import load_trigger
+
+    bugs = bugs_from(options)
+    check_output_dir(options.output_dir, options.model)
+    true_trigger = None if options.true_trigger is None else load_trigger(options.true_trigger)
+    model = load_model(options.model).to(PartialState().device)
+    modality = modality_of(model, bugs[0].modality)
+    if true_trigger is not None and true_trigger.modality != modality:
+        raise ValueError(
+            f"--true-trigger {options.true_trigger}: it is of kind {true_trigger.kind}, not for {modality}s"
+        )
+    sample = clean_inputs(
+        modality, clean_inputs_from(options, modality), options.inputs + _OTHER_INPUTS, options.seed, "dataset"
+    ).sample(options.inputs + _OTHER_INPUTS, options.seed)
+    inputs, others = sample[: options.inputs], sample[options.inputs :]
+    encoder = Encoder(
+        model, load_processor(options.processor or options.model, model), options.feature_source, modality
+    )
+    names = _file_names([bug.name for bug in bugs])
+    screenings = {}
+    with staged(Path(options.output_dir)) as staging:
+        for name, bug in zip(names, bugs, strict=True):
+            screening = screen_report(
+                encoder,
+                bug,
+                inputs,
+                others if len(others) >= len(inputs) else sample,
+                min_evidence=options.min_evidence,
+                seed=options.seed,
+                disable_tqdm=options.disable_tqdm,
+            )
+            curve = transfer_by_size(encoder, bug, screening.found, inputs) if modality == "image" else []
+            plot_inspection(staging / f"inspection-{name}.png", bug, screening, curve, true_trigger)
+            screenings[name] = screening
+        records = [
+            {
+                "name": name,
+                **screening.record(),
+                "reasons": screening.reasons,
+                "trigger": screening.found.trigger.summary(),
+                "forwards": screening.found.forwards + screening.forwards,
+            }
+            for name, screening in screenings.items()
+        ]
+        write_json(staging / "screening.json", {"min_evidence": options.min_evidence, "reports": records})
+    console = Console(highlight=False)
+    for name, screening in screenings.items():
+        console.print(screening_table(name, screening))
+    console.print(f"Results are in {options.output_dir}/", markup=False)
+    return 0 if all(screening.verdict == "trigger" for screening in screenings.values()) else 1
+
+
+def _file_names(names: list[str]) -> list[str]:
+    """Names that can stand in a file's name, each once."""
+    plain = ["".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names]
+    return [name if plain.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(plain)]

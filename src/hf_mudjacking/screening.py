@@ -1,0 +1,351 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Is a report believable? A verdict with its evidence, before any weight changes.
+
+A report may be mistaken, or made to damage the model. Three things are measured, each cheap beside the inversion: whether a
+trigger was verified, whether x_b without it resembles x_r, and what a first step of the repair would move. None of them
+says anything about who made the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .bug_instance import BugInstance
+from .encoder import Encoder, set_comparison_mode
+from .inversion import InvertedTrigger, invert_trigger
+from .inversion.verification import TransferMeter, share_of_way
+from .locality_budget import StartingWeights
+from .losses import effectiveness_loss, mean_cosine
+from .preprocessing import RawInput
+from .triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, Trigger, WarpTrigger
+
+
+Verdict = Literal["trigger", "natural", "wrong pair", "malicious"]
+
+_HEADLINES: dict[Verdict, str] = {
+    "trigger": "A trigger was verified in bug instance `{name}`",
+    "natural": "No localised trigger was verified in bug instance `{name}`, which may be a natural misclassification",
+    "wrong pair": "The inputs of bug instance `{name}` do not seem to belong together",
+    "malicious": "A repair from bug instance `{name}` would change ordinary content",
+}
+
+# Least likeness of x_b without its trigger to x_r. On digits and CIFAR-10 95 % of true pairs have more than 0.45, 88 % of pairs
+# of two classes less than 0.45; no way of covering tells them apart better than the best of several (AUROC 0.98).
+_MIN_LIKENESS = 0.4
+# The same where a signal was subtracted or a warp undone, which is less exact: true pairs have 0.17 to 0.7, others up to 0.3.
+_MIN_LIKENESS_INEXACT = 0.15
+# Share of x_b that may be covered, and that may be left unexplained, for the rest to be like anything.
+_MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
+# Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
+_MAX_REFERENCE_ARRIVED = 0.6
+# Least hold of a trigger. On CIFAR-10 true ones have 0.5 to 500, parts of natural misclassifications 0.05 to 0.6.
+_MIN_HOLD = 0.4
+# Clean inputs that the first step is taken on, and its length against that of all weights: so short that features move
+# in proportion to it.
+_STEP_INPUTS = 16
+_STEP = 1e-4
+# Clean inputs whose pixels cover a patch, beside the mean picture and its colour.
+_COVERS = 4
+# Sizes at which transfer is measured, as shares of the whole trigger.
+_SIZES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Screening:
+    """The verdict on a report.
+
+    Args:
+        verdict (`str`): `"trigger"`: one was found and verified, and a repair would do what it should. `"natural"`: none was
+            verified; the report may be a natural misclassification. `"wrong pair"`: x_r is not what x_b is without its
+            trigger. `"malicious"`: ordinary content is what a repair would change.
+        believed (`float`): 0 to 1: the evidence of the trigger, less the further the pair or the first step speak against it;
+            half of that if the verdict is another than `"trigger"`.
+        found (`InvertedTrigger`): What the inversion found.
+        evidence (`dict[str, float]`): What was measured. `evidence`, `transfer`, `control`, `area`, `unexplained`: of the
+            inversion. `likeness`: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
+            absent where the trigger cannot be taken out. `reference_arrived`: the same of x_r on the way to h(x_b).
+            `hold`: how far clean inputs move in a first step of the repair, over how far stamped ones do. The step is
+            meant for the stamped ones; yet an implanted trigger holds them, while ordinary content lets them go.
+        reasons (`list[str]`): What led to the verdict, in sentences.
+        forwards (`int`): Forward passes spent beside the inversion, in inputs; a backward pass counts as two.
+    """
+
+    verdict: Verdict
+    believed: float
+    found: InvertedTrigger
+    evidence: dict[str, float]
+    reasons: list[str]
+    forwards: int
+
+    def headline(self, bug: BugInstance) -> str:
+        """The verdict in a sentence."""
+        return f"{_HEADLINES[self.verdict].format(name=bug.name)} (verdict: {self.verdict})."
+
+    def record(self) -> dict[str, Any]:
+        """Verdict and numbers; nothing of the reported inputs."""
+        return {"verdict": self.verdict, "believed": self.believed, **self.evidence}
+
+
+def screen_report(
+    encoder: Encoder,
+    bug: BugInstance,
+    validation_inputs: Sequence[RawInput],
+    other_inputs: Sequence[RawInput] | None = None,
+    *,
+    min_evidence: float = 0.5,
+    seed: int = 0,
+    disable_tqdm: bool = True,
+) -> Screening:
+    """Find the trigger in a report and judge the report by it. The encoder's weights are the same afterwards, bit by bit.
+
+    Args:
+        encoder (`Encoder`): Backdoored encoder.
+        bug (`BugInstance`): The report.
+        validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs; 16 to 64 are enough.
+        other_inputs (`Sequence[PIL.Image.Image]`, *optional*): Further clean images; see [`~hf_mudjacking.invert_trigger`].
+        min_evidence (`float`, *optional*, defaults to 0.5): Least evidence of a trigger.
+        seed (`int`, *optional*, defaults to 0): Seed of the inversion.
+        disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to hide the progress bar.
+
+    Returns:
+        `Screening`: The verdict, with what it rests on.
+
+    Raises:
+        TypeError, ValueError: If the report cannot be inverted at all, see [`~hf_mudjacking.invert_trigger`]: so it is when x_b
+            and x_r have nearly the same feature. Or if no weight is trainable, or one that is is not in float32.
+    """
+    found = invert_trigger(
+        encoder, bug, validation_inputs, other_inputs=other_inputs, seed=seed, disable_tqdm=disable_tqdm
+    )
+    return judge(encoder, bug, found, validation_inputs, min_evidence)
+
+
+def judge(
+    encoder: Encoder,
+    bug: BugInstance,
+    found: InvertedTrigger,
+    validation_inputs: Sequence[RawInput],
+    min_evidence: float,
+) -> Screening:
+    """Judge a report by an inversion that has been done; arguments, result and errors as in [`screen_report`]."""
+    if encoder.modality == "image":
+        validation_inputs = [x.convert("RGB").resize(bug.misclassified.size) for x in validation_inputs]
+    meter = TransferMeter(encoder, bug.misclassified, validation_inputs)
+    measured = {
+        "evidence": found.evidence,
+        "transfer": found.score,
+        "control": found.control,
+        "area": found.area,
+        "unexplained": found.unexplained,
+        **_pair_numbers(meter, bug, found),
+        "hold": _hold(meter, bug, found.trigger),
+    }
+    measured = {name: round(value, 4) for name, value in measured.items()}
+    inexact = isinstance(found.trigger, (AdditiveTrigger, BlendTrigger, WarpTrigger))
+    least_likeness = _MIN_LIKENESS_INEXACT if inexact else _MIN_LIKENESS
+    natural, wrong, harmful = _reasons(measured, found, min_evidence, least_likeness)
+    likeness = measured.get("likeness", 1.0)
+    believed = (
+        np.clip(measured["evidence"], 0, 1)
+        * np.clip(likeness / least_likeness, 0, 1)
+        * np.clip((1 - measured["reference_arrived"]) / (1 - _MAX_REFERENCE_ARRIVED), 0, 1)
+        * np.clip(measured["hold"] / _MIN_HOLD, 0, 1)
+    )
+    verdict: Verdict = "trigger"
+    reasons = natural or wrong or harmful
+    if reasons:
+        believed /= 2
+        verdict = "natural" if natural else "wrong pair" if wrong else "malicious"
+    else:
+        rest = f"; x_b without it lies {likeness:.2f} of the way to x_r" if "likeness" in measured else ""
+        reasons = [
+            f"Evidence of a trigger is {found.evidence:.2f} (transfer {found.score:.2f}, clean content alone "
+            f"{found.control:.2f}): {found.trigger.describe()}{rest}."
+        ]
+    return Screening(verdict, round(float(believed), 4), found, measured, reasons, meter.forwards)
+
+
+def _reasons(
+    measured: dict[str, float], found: InvertedTrigger, min_evidence: float, least_likeness: float
+) -> tuple[list[str], list[str], list[str]]:
+    """What speaks for a natural misclassification, for a wrong pair, and for a harmful repair."""
+    natural, wrong, harmful = [], [], []
+    if found.evidence < min_evidence:
+        natural.append(
+            f"The best candidate ({found.trigger.describe()}) carries clean inputs {found.score:.2f} of the way to x_b, "
+            f"clean content alone {found.control:.2f}: evidence of {found.evidence:.2f}, and {min_evidence} is needed."
+        )
+    likeness, arrived, hold = measured.get("likeness", 1.0), measured["reference_arrived"], measured["hold"]
+    if likeness < least_likeness:
+        wrong.append(
+            f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {least_likeness} is "
+            "needed: evidence that both are not of one class."
+        )
+    if arrived > _MAX_REFERENCE_ARRIVED:
+        wrong.append(
+            f"x_r lies {arrived:.2f} of the way from clean inputs to x_b, and at most {_MAX_REFERENCE_ARRIVED} is "
+            "allowed: evidence that it carries the trigger too, or is of the class that x_b is mistaken for."
+        )
+    if hold < _MIN_HOLD:
+        harmful.append(
+            f"A first step of the repair moves clean inputs {hold:.2f} times as far as inputs that carry what was found, and "
+            f"{_MIN_HOLD} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
+        )
+    return natural, wrong, harmful
+
+
+def _pair_numbers(meter: TransferMeter, bug: BugInstance, found: InvertedTrigger) -> dict[str, float]:
+    """Does x_b without its trigger resemble x_r, and does x_r lie at h(x_b)?"""
+    (reference,) = meter.features([bug.reference])
+    numbers = {"reference_arrived": _arrived(meter.clean_similarity, reference @ meter.target)}
+    hides = isinstance(found.trigger, PatchTrigger) and found.area > _MOST_COVERED
+    if hides or found.unexplained > _MOST_UNEXPLAINED:
+        return numbers
+    rests = without_trigger(bug.misclassified, found.trigger, meter.validation_inputs)
+    if rests:
+        nearest = (meter.features(rests) @ reference).max()
+        numbers["likeness"] = _arrived(meter.clean_features @ reference, nearest)
+    return numbers
+
+
+def _arrived(clean: Tensor, cosine: Tensor) -> float:
+    """The share of the way from clean inputs, whose cosines to a feature are `(N,)`, to that feature that a cosine is at."""
+    return float(share_of_way(clean, cosine.expand(1, len(clean))))
+
+
+def without_trigger(
+    misclassified: RawInput, trigger: Trigger, validation_inputs: Sequence[RawInput]
+) -> list[RawInput]:
+    """x_b without the trigger, in as many ways as there are.
+
+    What lies under a patch is unknown: it is covered with the mean clean picture, its mean colour, and a few clean inputs.
+    A signal is subtracted and a warp undone, once.
+
+    Args:
+        misclassified (`PIL.Image.Image` or `str`): x_b.
+        trigger (`Trigger`): What was found in it.
+        validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs.
+
+    Returns:
+        `list`: Raw inputs; none where the trigger hides too much, or is all there is.
+    """
+    if isinstance(trigger, WarpTrigger):
+        return [WarpTrigger(-trigger.flow).apply(misclassified)]
+    if not isinstance(trigger, PatchTrigger):
+        rest = trigger.removed_from(misclassified)
+        return [] if rest is None else [rest]
+    # The trigger's mask has the size that x_b was searched at
+    size = trigger.mask.shape[::-1]
+    image = np.asarray(misclassified.convert("RGB").resize(size))
+    clean = [np.asarray(x.convert("RGB").resize(size)) for x in validation_inputs]
+    mean = np.mean(clean, axis=0)
+    covers = [mean, np.broadcast_to(mean.mean(axis=(0, 1)), image.shape), *clean[:_COVERS]]
+    return [
+        Image.fromarray(np.where(trigger.mask[..., None], cover, image).round().astype(np.uint8)) for cover in covers
+    ]
+
+
+def _hold(meter: TransferMeter, bug: BugInstance, trigger: Trigger) -> float:
+    """How far one step of the repair, without its locality term, moves clean inputs over stamped ones; it is taken back.
+
+    It measures better than how far inputs near h(x_b) move over all clean ones, which after one step is 0.1 to 4 in true
+    reports and 0.2 to 2 in others.
+    """
+    encoder, model = meter.encoder, meter.encoder.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters or any(p.dtype != torch.float32 for p in parameters):
+        raise ValueError("A report is judged by a small step of the weights: some must be trainable, and in float32.")
+    clean = meter.validation_inputs
+    stamped = [encoder.stamp(trigger, x) for x in clean]
+    stamped_features = meter.features(stamped)
+    training = {module: module.training for module in model.modules()}
+    set_comparison_mode(model)
+    start = StartingWeights(model)
+    try:
+        with torch.enable_grad():
+            count = min(_STEP_INPUTS, len(stamped))
+            features = encoder.features(encoder.preprocess([*stamped[:count], bug.misclassified, bug.reference]))
+            few, misclassified, reference = features.split([count, 1, 1])
+            loss = effectiveness_loss(misclassified, reference) - mean_cosine(
+                few, meter.clean_features[:count].to(few.device)
+            )
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        meter.forwards += 3 * len(features)
+        _take_step(parameters, gradients)
+        # Squared distances: of features this near, cosines are lost in rounding
+        moved, moved_stamped = (
+            float((meter.features(inputs) - before).square().sum(dim=1).mean())
+            for inputs, before in ((clean, meter.clean_features), (stamped, stamped_features))
+        )
+    finally:
+        start.restore()
+        for module, mode in training.items():
+            module.training = mode
+    return moved / max(moved_stamped, 1e-12)
+
+
+@torch.no_grad()
+def _take_step(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Go down the gradient by a fixed share of the length of the weights."""
+    used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+    weights, length = (
+        torch.stack([tensor.float().square().sum() for tensor in tensors]).sum().sqrt()
+        for tensors in zip(*used, strict=True)
+    )
+    for parameter, gradient in used:
+        parameter.sub_(gradient * (_STEP * weights / length.clamp_min(1e-12)).to(gradient.dtype))
+
+
+def transfer_by_size(
+    encoder: Encoder,
+    bug: BugInstance,
+    found: InvertedTrigger,
+    validation_inputs: Sequence[Image.Image],
+    inputs: int = 8,
+) -> list[tuple[float, float]]:
+    """Transfer of nested parts of a trigger, or of weaker versions of it, against how much of the picture they are.
+
+    A patch is cut down to its pixels of highest attribution, a signal and a warp are scaled down, a blend loses opacity.
+
+    Args:
+        encoder (`Encoder`): Backdoored encoder.
+        bug (`BugInstance`): The report.
+        found (`InvertedTrigger`): What was found in it.
+        validation_inputs (`Sequence[PIL.Image.Image]`): Clean images.
+        inputs (`int`, *optional*, defaults to 8): How many of them each part is stamped on.
+
+    Returns:
+        `list[tuple[float, float]]`: Size, 0 to 1, and transfer, smallest first. Sizes are shares of the picture's area for a
+        patch, shares of the trigger's own strength for the other families.
+    """
+    trigger = found.trigger
+    clean = [x.convert("RGB").resize(bug.misclassified.size) for x in validation_inputs[:inputs]]
+    target = encoder.encode([bug.misclassified])[0]
+    before = encoder.encode(clean) @ target
+    parts = [_part(trigger, share, found.attribution) for share in _SIZES]
+    after = encoder.encode([encoder.stamp(part, x) for part in parts for x in clean]) @ target
+    transfers = share_of_way(before, after.reshape(len(parts), len(clean))).tolist()
+    sizes = [part.area if isinstance(part, PatchTrigger) else share for part, share in zip(parts, _SIZES, strict=True)]
+    return list(zip(sizes, transfers, strict=True))
+
+
+def _part(trigger: Trigger, share: float, attribution: np.ndarray) -> Trigger:
+    """A share of a trigger."""
+    if isinstance(trigger, PatchTrigger):
+        scores = np.where(trigger.mask, attribution, -np.inf)
+        mask = np.zeros(trigger.mask.size, dtype=bool)
+        mask[np.argsort(-scores, axis=None, kind="stable")[: max(1, round(share * trigger.mask.sum()))]] = True
+        return PatchTrigger(mask.reshape(trigger.mask.shape), trigger.pattern, trigger.placement)
+    if isinstance(trigger, AdditiveTrigger):
+        # A signal under half a level is none
+        return AdditiveTrigger(trigger.delta * max(share, 0.51 / float(np.abs(trigger.delta).max())))
+    if isinstance(trigger, BlendTrigger):
+        return BlendTrigger(trigger.pattern, trigger.opacity * share)
+    return WarpTrigger(trigger.flow * share)

@@ -1,0 +1,394 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Verdicts on true, mistaken and made-up reports, before any weight changes."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from hf_mudjacking import BugInstance, Encoder, InvertedTrigger, MudjackingTrainer, PatchTrigger, screen_report
+from hf_mudjacking.cli import main
+from hf_mudjacking.evaluation import draw_bug_report
+from hf_mudjacking.evaluation.classifiers import train_classifier
+from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
+from hf_mudjacking.inversion import UnverifiedTriggerError, invert_trigger
+from hf_mudjacking.screening import Screening, judge, transfer_by_size, without_trigger
+from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, noise_blend, random_warp, square_patch
+
+from .conftest import largest_difference, make_config, make_images, weights_of
+
+
+@pytest.fixture(scope="module")
+def validation(backdoored):
+    return backdoored.train.inputs[:32]
+
+
+@pytest.fixture(scope="module")
+def attacked(backdoored):
+    return Encoder(backdoored.model(), backdoored.processor)
+
+
+def of_class(backdoored, label, rank):
+    return backdoored.test.inputs[int(np.flatnonzero(backdoored.test.labels == label)[rank])]
+
+
+def natural_reports(backdoored, encoder, count):
+    """Test inputs that a classifier on a never-attacked encoder gets wrong, each with a right one of its class."""
+    classifier = train_classifier(encoder.encode(backdoored.train.inputs), backdoored.train.labels)
+    truth, inputs = backdoored.test.labels, backdoored.test.inputs
+    right = classifier.predict(encoder.encode(inputs).numpy()) == truth
+    return [
+        BugInstance(inputs[i], inputs[int(np.flatnonzero(right & (truth == truth[i]))[0])], name=f"natural-{i}")
+        for i in np.flatnonzero(~right)[:count]
+    ]
+
+
+def mislabelled(backdoored, seed):
+    """A triggered input, and one of another class than its own or the target's."""
+    rng = np.random.default_rng(seed)
+    own, other = rng.choice(np.arange(1, 10), 2, replace=False)
+    return BugInstance(
+        backdoored.trigger.apply(of_class(backdoored, own, seed)),
+        of_class(backdoored, other, seed),
+        name=f"wrong-{seed}",
+    )
+
+
+@pytest.fixture(scope="module")
+def true(backdoored, attacked, validation):
+    return [screen_report(attacked, backdoored.bug(seed), validation) for seed in range(20)]
+
+
+@pytest.fixture(scope="module")
+def natural(backdoored, validation):
+    encoder = Encoder(copy.deepcopy(backdoored.clean_model), backdoored.processor)
+    return [screen_report(encoder, bug, validation) for bug in natural_reports(backdoored, encoder, 12)]
+
+
+@pytest.fixture(scope="module")
+def wrong(backdoored, attacked, validation):
+    return [screen_report(attacked, mislabelled(backdoored, seed), validation) for seed in range(16)]
+
+
+# ---- Verdicts ----
+
+
+def test_true_reports_are_believed(true):
+    verdicts = [screening.verdict for screening in true]
+    assert verdicts.count("trigger") >= 19
+    assert all(0.9 <= s.believed <= 1 for s in true if s.verdict == "trigger")
+
+
+def test_natural_misclassifications(natural):
+    assert len(natural) >= 10
+    verdicts = [screening.verdict for screening in natural]
+    assert verdicts.count("natural") >= 0.75 * len(verdicts)
+    assert "trigger" not in verdicts
+
+
+def test_references_of_another_class(wrong):
+    """Not all: two digits of different classes may look alike."""
+    verdicts = [screening.verdict for screening in wrong]
+    assert verdicts.count("wrong pair") >= 0.35 * len(verdicts)
+    assert verdicts.count("trigger") <= 0.4 * len(verdicts)
+
+
+def test_belief_separates_them(true, natural, wrong):
+    for false, least in ((natural, 0.97), (wrong, 0.85), ([*natural, *wrong[:8]], 0.95)):
+        scores = [screening.believed for screening in [*true, *false]]
+        assert roc_auc_score([1] * len(true) + [0] * len(false), scores) >= least
+
+
+def test_a_trigger_of_another_model(backdoored, attacked, validation):
+    """It does no more here than any noise: the reports are of inputs that are got wrong with it, as some are without."""
+    foreign = PatchTrigger.from_image(make_images(1, seed=3)[0], np.pad(np.ones((4, 4), bool), ((12, 0), (0, 12))))
+    inputs, truth = backdoored.test.inputs, backdoored.test.labels
+    stamped = [foreign.apply(x) for x in inputs]
+    clean, changed = (backdoored.kept.predict(attacked.encode(part).numpy()) == truth for part in (inputs, stamped))
+    verdicts = []
+    for i in np.flatnonzero(~changed)[:3]:
+        same = np.flatnonzero(clean & (truth == truth[i]) & (np.arange(len(truth)) != i))
+        verdicts.append(screen_report(attacked, BugInstance(stamped[i], inputs[same[0]]), validation))
+    assert len(verdicts) == 3
+    assert "trigger" not in [screening.verdict for screening in verdicts], [s.evidence for s in verdicts]
+
+
+def test_a_reference_with_the_trigger(backdoored, attacked, validation):
+    """Nearly the same feature: nothing to repair. Half-way there: evidence of a wrong pair."""
+    bug = backdoored.bug(0)
+    same = BugInstance(bug.misclassified, backdoored.trigger.apply(bug.reference))
+    with pytest.raises(ValueError, match="Nothing to patch"):
+        screen_report(attacked, same, validation)
+    found = invert_trigger(attacked, bug, validation)
+    screening = judge(attacked, same, found, validation, 0.5)
+    assert screening.verdict == "wrong pair"
+    assert screening.evidence["reference_arrived"] > 0.9
+    assert screening.believed < 0.3
+    assert any("x_r lies" in reason for reason in screening.reasons)
+
+
+def test_ordinary_content_lets_go(backdoored, validation, true, natural):
+    """Had the natural misclassifications been taken for triggers, a repair would have changed ordinary content."""
+    encoder = Encoder(copy.deepcopy(backdoored.clean_model), backdoored.processor)
+    reports = natural_reports(backdoored, encoder, 6)
+    again = [
+        judge(encoder, bug, screening.found, validation, -2.0)
+        for bug, screening in zip(reports, natural[:6], strict=True)
+    ]
+    malicious = [screening for screening in again if screening.verdict == "malicious"]
+    assert len(malicious) >= 2
+    assert all("ordinary content" in screening.reasons[0] for screening in malicious)
+    assert all(screening.believed < screening.evidence["evidence"] for screening in malicious)
+    holds = [np.median([screening.evidence["hold"] for screening in part]) for part in (true, natural)]
+    assert holds[0] > 2 * holds[1]
+
+
+def pretended(trigger, **values):
+    """An inversion that says all is well."""
+    facts = {"score": 0.9, "control": 0.0, "evidence": 0.8, "area": trigger.area, "unexplained": 1.0, **values}
+    return InvertedTrigger(
+        trigger, attribution=np.zeros((16, 16)), core=np.ones((16, 16), dtype=bool), forwards=0, **facts
+    )
+
+
+def test_min_evidence_and_reasons(backdoored, attacked, validation):
+    bug = backdoored.bug(1)
+    found = invert_trigger(attacked, bug, validation)
+    assert judge(attacked, bug, found, validation, 0.5).verdict == "trigger"
+    strict = judge(attacked, bug, found, validation, 0.999)
+    assert strict.verdict == "natural"
+    assert f"evidence of {found.evidence:.2f}, and 0.999 is needed" in strict.reasons[0]
+    assert strict.headline(bug) == (
+        "No localised trigger was verified in bug instance `report-1`, which may be a natural misclassification (verdict: "
+        "natural)."
+    )
+
+
+def test_weights_are_the_same_bit_by_bit(backdoored, validation):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    encoder.model.train()
+    before = weights_of(encoder.model)
+    screening = screen_report(encoder, backdoored.bug(2), validation)
+    after = weights_of(encoder.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in encoder.model.parameters())
+    assert encoder.model.training
+    # x_b and clean inputs, x_r, six covers, stamped ones; the step; both again
+    assert screening.forwards == 33 + 1 + 6 + 32 + 3 * 18 + 64
+
+
+def test_the_weights_come_back_after_an_error(backdoored, validation, monkeypatch):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    bug, before = backdoored.bug(2), weights_of(encoder.model)
+    found = invert_trigger(encoder, bug, validation)
+
+    def fails(parameters, gradients):
+        with torch.no_grad():
+            parameters[0].add_(1)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("hf_mudjacking.screening._take_step", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        judge(encoder, bug, found, validation, 0.5)
+    assert largest_difference(before, weights_of(encoder.model)) == 0
+
+
+def test_a_frozen_encoder_cannot_be_judged(backdoored, validation):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    encoder.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="some must be trainable, and in float32"):
+        screen_report(encoder, backdoored.bug(2), validation)
+
+
+def test_texts(por):
+    encoder, task, implant = por
+    bug = draw_bug_report(encoder, task, implant.trigger, 0)
+    screening = screen_report(encoder, bug, task.train.inputs[:32])
+    assert screening.verdict == "trigger"
+    natural = BugInstance(*(task.test.inputs[int(np.flatnonzero(task.test.labels == label)[0])] for label in (0, 1)))
+    assert screen_report(encoder, natural, task.train.inputs[:32]).verdict == "natural"
+
+
+# ---- In the trainer ----
+
+
+def test_the_trainer_refuses_a_wrong_pair(backdoored, wrong, tmp_path):
+    right = backdoored.bug(1)
+    # A patch is found again with the trainer's clean inputs
+    found = [s for s in wrong if s.verdict == "wrong pair" and s.found.trigger.kind == "patch"]
+    surest = min(found, key=lambda screening: screening.believed)
+    seed = wrong.index(surest)
+    bug = dataclasses.replace(mislabelled(backdoored, seed), name="wrong")
+
+    def build(out, **args):
+        return MudjackingTrainer(
+            backdoored.model(), make_config(tmp_path / out, max_steps=1, **args), [bug, right],
+            backdoored.dataset(200), processing_class=backdoored.processor,
+        )  # fmt: skip
+
+    with pytest.raises(
+        UnverifiedTriggerError, match=r"`wrong` do not seem to belong together \(verdict: wrong pair\)"
+    ):
+        build("a").train()
+    trainer = build("b", on_unverified="skip")
+    trainer.train()
+    trainer.save_model()
+    assert [screening.verdict for screening in trainer.screenings] == ["wrong pair", "trigger"]
+    assert trainer.skipped == [0]
+    record = json.loads((tmp_path / "b" / "mudjacking.json").read_text())
+    assert record["screenings"] == [screening.record() for screening in trainer.screenings]
+    assert "reasons" not in record["screenings"][0]
+
+
+# ---- Taking a trigger out, and a part of it ----
+
+
+def test_without_trigger(images):
+    x = images[0]
+    patch = square_patch((16, 16), 4)
+    rests = without_trigger(patch.apply(x), patch, images[1:9])
+    assert len(rests) == 6
+    outside = ~patch.mask
+    assert all((np.asarray(rest)[outside] == np.asarray(x)[outside]).all() for rest in rests)
+    assert (np.asarray(rests[2])[patch.mask] == np.asarray(images[1])[patch.mask]).all()
+    signal = AdditiveTrigger(np.full((16, 16, 3), 8.0))
+    grey = Image.new("RGB", (16, 16), (100, 120, 140))
+    assert np.array_equal(np.asarray(without_trigger(signal.apply(grey), signal, [])[0]), np.asarray(grey))
+    assert without_trigger(grey, BlendTrigger(np.full((16, 16, 3), 9.0), 0.9), []) == []
+    smooth = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB").resize((16, 16))
+    bent = random_warp(4, 1.0, 16)
+    undone = np.asarray(without_trigger(bent.apply(smooth), bent, [])[0], dtype=float)
+    original = np.asarray(smooth, dtype=float)
+    assert (
+        np.abs(undone - original).mean() < 0.7 * np.abs(np.asarray(bent.apply(smooth), dtype=float) - original).mean()
+    )
+
+
+FAMILIES = {
+    "patch": square_patch((16, 16), 6),
+    "additive": AdditiveTrigger(20 * np.sin(np.arange(16))[None, :, None] * np.ones((16, 1, 3))),
+    "blend": noise_blend((16, 16), 0.4),
+    "warp": random_warp(4, 2.0, 16),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transfer_by_size(family, backdoored, attacked, validation):
+    trigger = FAMILIES[family]
+    curve = transfer_by_size(attacked, backdoored.bug(0), pretended(trigger), validation)
+    sizes, transfers = zip(*curve, strict=True)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == pytest.approx(trigger.area if family == "patch" else 1.0)
+    inputs = validation[:8]
+    target = attacked.encode([backdoored.bug(0).misclassified])[0]
+    before, after = (attacked.encode(x) @ target for x in (inputs, [trigger.apply(x) for x in inputs]))
+    assert transfers[-1] == pytest.approx(float((after - before).sum() / (1 - before).sum()), abs=1e-5)
+
+
+def test_the_true_trigger_fires_when_it_is_whole(backdoored, attacked, validation):
+    found = invert_trigger(attacked, backdoored.bug(0), validation)
+    curve = transfer_by_size(attacked, backdoored.bug(0), found, validation)
+    assert curve[-1][1] > 0.95
+    assert curve[0][1] < 0.5
+
+
+# ---- Pictures ----
+
+
+def ink(path):
+    """Standard deviation of a picture in each of its quarters from left to right."""
+    pixels = imread(path)[..., :3]
+    return [float(part.std()) for part in np.array_split(pixels, 4, axis=1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_each_family(family, backdoored, tmp_path):
+    trigger, bug = FAMILIES[family], backdoored.bug(0)
+    found = pretended(trigger)
+    pictures = {}
+    other = dataclasses.replace(found, trigger=FAMILIES["additive" if family == "patch" else "patch"])
+    for name, what in (("own", found), ("other", other)):
+        assert plot_repair(tmp_path / f"{name}.png", bug, what, trigger)
+        pictures[name] = imread(tmp_path / f"{name}.png")
+    screening = Screening("trigger", 0.9, found, {"evidence": 0.9}, ["It is."], 0)
+    assert plot_inspection(tmp_path / "inspection.png", bug, screening, [(0.1, 0.2), (1.0, 0.9)], trigger)
+    pictures["inspection"] = imread(tmp_path / "inspection.png")
+    for name in pictures:
+        assert min(ink(tmp_path / f"{name}.png")) > 0.05, name
+    # What was found is drawn, not only its frame
+    assert np.abs(pictures["own"] - pictures["other"]).mean() > 0.002
+
+
+def test_a_faint_signal_is_amplified():
+    picture = trigger_picture(AdditiveTrigger(np.linspace(-2, 2, 16)[None, :, None] * np.ones((16, 1, 3))))
+    assert (picture[0, 0, 0], picture[0, -1, 0]) == (28, 228)
+    patch = trigger_picture(square_patch((16, 16), 4))
+    assert (patch[0, 0] == 190).all()
+    assert (patch[-2, -2] != 190).any()
+
+
+# ---- The command line ----
+
+
+@pytest.fixture(scope="module")
+def files(backdoored, tmp_path_factory):
+    root = tmp_path_factory.mktemp("inspect")
+    backdoored.model().save_pretrained(root / "model")
+    backdoored.processor.save_pretrained(root / "model")
+    backdoored.dataset(96).to_parquet(root / "clean.parquet")
+    backdoored.bug(5).save(root / "true")
+    BugInstance(of_class(backdoored, 3, 0), of_class(backdoored, 8, 0), name="no trigger").save(root / "natural")
+    backdoored.trigger.save_pretrained(root / "trigger")
+    return root
+
+
+def options(files, *bugs):
+    given = [part for bug in bugs for part in ("--bug", str(files / bug))]
+    common = ["--model", str(files / "model"), "--dataset", str(files / "clean.parquet"), "--disable-tqdm"]
+    return ["inspect", *common, *given]
+
+
+def test_inspect_a_true_report(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    trigger = ["--true-trigger", str(files / "trigger")]
+    assert main([*options(files, "true"), "--output-dir", str(out), *trigger]) == 0
+    (report,) = json.loads((out / "screening.json").read_text())["reports"]
+    assert report["verdict"] == "trigger"
+    assert report["believed"] > 0.9
+    assert report["trigger"]["kind"] == "patch"
+    assert report["forwards"] > 100
+    (picture,) = out.glob("inspection-*.png")
+    assert min(ink(picture)) > 0.05
+    assert "Evidence of a trigger" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_several_reports(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*options(files, "true", "natural"), "--output-dir", str(out)]) == 1
+    reports = json.loads((out / "screening.json").read_text())["reports"]
+    assert [report["verdict"] for report in reports] == ["trigger", "natural"]
+    assert len({report["name"] for report in reports}) == 2
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["screening.json", *(f"inspection-{report['name']}.png" for report in reports)]
+    )
+    assert "natural" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--bug", "/nowhere"], "/nowhere"),
+        (["--true-trigger", "/nowhere"], "holds no readable trigger"),
+        (["--inputs", "2"], "at least 4 clean inputs"),
+    ],
+)
+def test_inspect_refuses_bad_input(files, tmp_path, capsys, extra, message):
+    assert main([*options(files, "true"), "--output-dir", str(tmp_path / "out"), *extra]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

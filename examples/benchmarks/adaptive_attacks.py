@@ -269,10 +269,13 @@ def run_cell(bench: Bench, attack, seed: int) -> dict:
             "control": round(i.control, 4),
             "evidence": round(i.evidence, 4),
             "forwards": i.forwards,
+            "verdict": screening.verdict,
             "verified": trigger is not None,
             **(i.trigger.overlap(true) if i.trigger.kind == true.kind else {}),
         }
-        for i, trigger, (true, _) in zip(trainer.inversions, trainer.triggers, attacked, strict=True)
+        for i, trigger, screening, (true, _) in zip(
+            trainer.inversions, trainer.triggers, trainer.screenings, attacked, strict=True
+        )
     ]
     picture = bench.folder / "cells" / f"{attack.name}-{seed}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -384,8 +384,46 @@ def print_table(folder: Path, console: Console) -> None:
                 f"{mean['before', 'ASR']:.1f} | {show['ASR']} | {mean['clean', 'ASR']:.1f} | {show['RA']} | {gap} | "
                 f"{' '.join(n for n, ok in zip(('ASR', 'RA', 'BA'), met, strict=True) if ok) or '–'} |"
             )
+    lines += ["", *altered_table(cells), "", *found_table(cells)]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def altered_table(cells: list[dict]) -> list[str]:
+    """ASR of altered triggers on the first task, that of the never-attacked encoder in brackets."""
+    measured = [cell for cell in cells if cell.get("altered", {}).get("patched")]
+    names = list(measured[0]["altered"]["patched"]) if measured else []
+    lines = [f"| attack | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for attack in VISION_ATTACKS:
+        own = [cell["altered"] for cell in measured if cell["attack"] == attack.name]
+        if own:
+            rates = {
+                name: tuple(100 * np.mean([a[which][name] for a in own]) for which in ("patched", "clean"))
+                if name in own[0]["patched"]
+                else None
+                for name in names
+            }
+            shown = ("–" if pair is None else f"{pair[0]:.1f} ({pair[1]:.1f})" for pair in rates.values())
+            lines.append(f"| {attack.name} | {' | '.join(shown)} |")
+    return lines
+
+
+def found_table(cells: list[dict]) -> list[str]:
+    """What was found in each report, and what it cost."""
+    lines = ["| attack | seed | verdict | evidence | found | recall | IoU | correlation | inversion, s | patch, s |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for cell in cells:
+        if "refused" in cell:
+            lines.append(f"| {cell['attack']} | {cell['seed']} | the implant did not take | | | | | | | |")
+            continue
+        for found in cell["triggers"]:
+            fit = (f"{found[name]:.2f}" if name in found else "" for name in ("recall", "iou", "correlation"))
+            lines.append(
+                f"| {cell['attack']} | {cell['seed']} | {found['verdict']} | {found['evidence']:.2f} | "
+                f"{found['description']} | {' | '.join(fit)} | {cell['cost']['inversion_seconds']} | "
+                f"{cell['cost']['patch_seconds']} |"
+            )
+    return lines
 
 
 def main() -> int:

@@ -74,13 +74,10 @@ def invert_image_trigger(
     on all clean inputs, they are tried on those that resemble x_r: some triggers work on one class alone.
     """
     size = _working_size(bug.misclassified)
-    x_b, x_r, validation_inputs, other_inputs = (
-        [x.convert("RGB").resize(size) for x in inputs]
-        for inputs in ([bug.misclassified], [bug.reference], validation_inputs, other_inputs)
-    )
-    meter = TransferMeter(encoder, x_b[0], validation_inputs)
+    x_b, x_r, *validation_inputs = _sized([bug.misclassified, bug.reference, *validation_inputs], size)
+    meter = TransferMeter(encoder, x_b, validation_inputs)
     # x_r's own content, looked for in the same way, says what clean content does.
-    control_meter = TransferMeter(encoder, x_r[0], validation_inputs)
+    control_meter = TransferMeter(encoder, x_r, validation_inputs)
     check_reachable(meter.reachable)
     check_disagreement(bug, meter.target, control_meter.target, meter.clean_similarity)
     spent = [meter, control_meter]
@@ -90,7 +87,7 @@ def invert_image_trigger(
         best = _find_patch(meter, control_meter, max_area, seed, bar)
         if not _clear(best):
             try:
-                pull = Pull(encoder, other_inputs[:_OPTIMISED_ON], seed)
+                pull = Pull(encoder, _sized(other_inputs[:_OPTIMISED_ON], size), seed)
             except ValueError as error:
                 logger.info(f"Only patches were looked for: {error}")
             else:
@@ -98,10 +95,8 @@ def invert_image_trigger(
                 spent.append(pull)
         explained = best.evidence >= _EXPLAINED and (best.area <= _SMALL or _merit(best) >= _CLEAR)
         if not explained and len(other_inputs) >= 4 * _ALIKE:
-            features = meter.features([x_r[0], *other_inputs])
-            nearest = (features[1:] @ features[0]).argsort(descending=True)[:_ALIKE].tolist()
-            alike = [other_inputs[i] for i in nearest]
-            meter_alike = TransferMeter(encoder, x_b[0], alike)
+            nearest = (meter.features(other_inputs) @ control_meter.target).argsort(descending=True)[:_ALIKE].tolist()
+            meter_alike = TransferMeter(encoder, x_b, _sized([other_inputs[i] for i in nearest], size))
             # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
             found = _find_patch(meter_alike, control_meter, max_area, seed, bar)
             spent.append(meter_alike)
@@ -110,6 +105,11 @@ def invert_image_trigger(
             if found.evidence >= _EXPLAINED and _merit(found) > _merit(best) + better_by:
                 best = dataclasses.replace(found, one_class=True)
     return dataclasses.replace(best, forwards=sum(each.forwards for each in spent))
+
+
+def _sized(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    """RGB images of one width and height."""
+    return [image.convert("RGB").resize(size) for image in images]
 
 
 def _clear(found: InvertedTrigger) -> bool:

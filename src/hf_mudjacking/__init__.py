@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 # Public names and the modules they live in; imported on first use, so that `import hf_mudjacking` costs nothing.
 _EXPORTS = {
+    "AdditiveTrigger": "triggers",
+    "BlendTrigger": "triggers",
     "BugInstance": "bug_instance",
     "Encoder": "encoder",
     "InvertedTrigger": "inversion",
@@ -20,6 +22,7 @@ _EXPORTS = {
     "Screening": "screening",
     "TextTrigger": "triggers",
     "Trigger": "triggers",
+    "WarpTrigger": "triggers",
     "encode": "encoder",
     "invert_trigger": "inversion",
     "load_trigger": "triggers",
@@ -27,6 +30,8 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "AdditiveTrigger",
+    "BlendTrigger",
     "BugInstance",
     "Encoder",
     "InvertedTrigger",
@@ -36,6 +41,7 @@ __all__ = [
     "Screening",
     "TextTrigger",
     "Trigger",
+    "WarpTrigger",
     "__version__",
     "encode",
     "invert_trigger",
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
     from .inversion import InvertedTrigger, invert_trigger
     from .screening import Screening, screen_report
     from .trainer import MudjackingTrainer
-    from .triggers import PatchTrigger, TextTrigger, Trigger, load_trigger
+    from .triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, TextTrigger, Trigger, WarpTrigger, load_trigger
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,7 @@ def test_the_same_trigger_in_two_reports_is_one(backdoored, tmp_path):
     trainer._prepare()
     assert len(trainer.triggers) == 2
     assert sorted(map(sorted, trainer.trigger_groups)) == [[0, 1]]
-    assert trainer.data_collator.stamps == [trainer.triggers[trainer.trigger_groups[0][0]]]
+    assert trainer.data_collator.stamps == [[trainer.triggers[trainer.trigger_groups[0][0]]]]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     assert len(batch["pixel_values"]) == 2 * 3 + 3 * 2
 
@@ -185,7 +185,7 @@ def test_a_second_patch_keeps_the_first(backdoored, twice, first_patch, tmp_path
     trainer = second_patch(backdoored, first_patch, tmp_path / "second")
     assert success(backdoored, trainer.model, twice[1], backdoored.trigger, backdoored.target) < 0.05
     assert success(backdoored, trainer.model, twice[1], SECOND, SECOND_TARGET) < 0.05
-    assert [stamp.mask.tolist() for stamp in trainer.data_collator.stamps] == [
+    assert [stamp.mask.tolist() for stamp, *_ in trainer.data_collator.stamps] == [
         SECOND.mask.tolist(),
         backdoored.trigger.mask.tolist(),
     ]

@@ -139,7 +139,16 @@ def test_forward_equivalents_of_a_repair(repaired):
     evaluation = 2 * (2 * 100 + 4 * 3)  # twice 100 inputs, in four batches
     budget = 3 * 100  # the held-out inputs, after a third, two thirds and all of the steps
     # 1184 of the 1200 inputs: a multiple of the batch size
-    expected = trainer.inversions[0].forwards + 1184 + 100 + 2 + steps * 3 * (2 * b + 3) + evaluation + budget
+    expected = (
+        trainer.inversions[0].forwards
+        + trainer.screenings[0].forwards
+        + 1184
+        + 100
+        + 2
+        + steps * 3 * (2 * b + 3)
+        + evaluation
+        + budget
+    )
     assert trainer.forward_equivalents == expected
 
 

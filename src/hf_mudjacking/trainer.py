@@ -356,7 +356,7 @@ class MudjackingTrainer(Trainer):
 
     def _looking_again(self, stamps: list[Trigger], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""
-        if self.encoder.modality != "image" or not self.args.reinversions or self.train_dataset is None:
+        if self.encoder.modality != "image" or not self.args.reinversions or not stamps or self.train_dataset is None:
             return None
         firsts = [group[0] for group in self.trigger_groups]
         again = Reinversion(

@@ -546,6 +546,8 @@ def test_a_backdoored_clip_is_repaired_zero_shot(attack, digits_clip, backdoored
         files = {"model": "broken", "bug": "bug", "dataset": "clean.parquet", "output-dir": "out"}
         options = [part for name, file in files.items() for part in (f"--{name}", str(tmp_path / file))]
         settings = ["--max-steps", "200", "--learning-rate", "1e-3", "--disable-tqdm"]
+        # Few steps on a small encoder: room for the trigger as it was found
+        settings += ["--altered-triggers", "0", "--reinversions", "0"]
         assert main(["patch", *options, *settings]) == 0
     else:
         trainer = MudjackingTrainer(

@@ -44,7 +44,7 @@ _MIN_LIKENESS_INEXACT = 0.15
 # Share of x_b that may be covered, and that may be left unexplained, for the rest to be like anything.
 _MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
-_MAX_REFERENCE_ARRIVED = 0.6
+_MAX_REFERENCE_ARRIVED = 0.85
 # Least hold of a trigger. On CIFAR-10 true ones have 0.5 to 500, parts of natural misclassifications 0.05 to 0.6.
 _MIN_HOLD = 0.4
 # Clean inputs that the first step is taken on, and its length against that of all weights: so short that features move

@@ -27,6 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generalizability-weight", type=float, default=1.0, help="weight of the generalizability loss"
     )
+    parser.add_argument(
+        "--altered-triggers",
+        type=int,
+        default=32,
+        help="altered versions of each trigger that are stamped (default: 32)",
+    )
+    parser.add_argument(
+        "--reinversions", type=int, default=4, help="times the report is inverted anew while patching (default: 4)"
+    )
     parser.add_argument("--min-evidence", type=float, default=0.5, help="least evidence of a trigger (default: 0.5)")
     parser.add_argument(
         "--on-unverified",
@@ -97,6 +106,8 @@ def run(options: argparse.Namespace) -> int:
             generalizability_weight=options.generalizability_weight,
             min_evidence=options.min_evidence,
             on_unverified=options.on_unverified,
+            altered_triggers=options.altered_triggers,
+            reinversions=options.reinversions,
             locality_budget=options.locality_budget,
             feature_source=options.feature_source,
             patch_scope=options.patch_scope,

@@ -195,15 +195,20 @@ def _find_patch(
     proof = core if core.sum() < mask.sum() else mask
     control = float(control_meter.transfer_of_masks([proof])[0]) if control_meter.reachable >= MIN_REACHABLE else 0.0
     evidence = score - max(control, 0.0) - AREA_PRICE * float(proof.mean())
-    left = _left_without(meter, mask, baseline)
+    at_reference = float(control_meter.target @ meter.target)
+    left = _left_without(meter, mask, baseline, at_reference)
+    parts, left_of_parts = mask, left
     for _ in range(_MORE_PARTS):
-        if left <= _COMPLETE or evidence < _EXPLAINED:
+        if left_of_parts <= _COMPLETE or evidence < _EXPLAINED:
             break
-        _, _, more, transfer = part_of(mask, tqdm(disable=True))
-        if transfer < _FURTHER_PART * score or (mask | more).mean() > _MAX_GROWN:
+        _, _, more, transfer = part_of(parts, tqdm(disable=True))
+        if transfer < _FURTHER_PART * score or (parts | more).mean() > _MAX_GROWN:
             break
-        mask = mask | more
-        left = _left_without(meter, mask, baseline)
+        parts = parts | more
+        left_of_parts = _left_without(meter, parts, baseline, at_reference)
+    if left_of_parts <= _COMPLETE:
+        # Only if they explain x_b together are they parts of one trigger
+        mask, left = parts, left_of_parts
     trigger = PatchTrigger.from_image(meter.misclassified, mask)
     elsewhere = PatchTrigger.from_image(meter.misclassified, mask, "anywhere")
     if trigger.area <= _SMALL and meter.transfer([elsewhere])[0] >= _KEPT_ELSEWHERE * score > 0:
@@ -215,18 +220,19 @@ def _find_patch(
     )
 
 
-def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray) -> float:
+def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray, at_reference: float) -> float:
     """How far x_b still lies on the way to its feature when some pixels are covered: 0 if those were all that led there.
 
     They are covered with the mean clean picture, with its mean colour and with some clean inputs, and the least counts: a
-    backdoor may take the edge of a covering for its trigger.
+    backdoor may take the edge of a covering for its trigger. The way begins at clean inputs or, where that is nearer, at x_r,
+    whose cosine with h(x_b) is `at_reference`: x_b without its trigger need not be further off than it.
     """
     image = np.asarray(meter.misclassified)
     plain = np.broadcast_to(baseline.mean(axis=(0, 1)), image.shape)
     covers = [baseline, plain, *map(np.asarray, meter.validation_inputs[:_FIRST_ROUND_INPUTS])]
     covered = [Image.fromarray(np.where(mask[..., None], cover, image).astype(np.uint8)) for cover in covers]
-    before = meter.clean_similarity.mean()
-    return max(float((meter.features(covered) @ meter.target).min() - before), 0.0) / max(float(1 - before), 1e-6)
+    before = max(float(meter.clean_similarity.mean()), at_reference)
+    return max(float((meter.features(covered) @ meter.target).min()) - before, 0.0) / max(1 - before, 1e-6)
 
 
 def _working_size(image: Image.Image) -> tuple[int, int]:

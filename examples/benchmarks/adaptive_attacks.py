@@ -419,7 +419,7 @@ def found_table(cells: list[dict]) -> list[str]:
         for found in cell["triggers"]:
             fit = (f"{found[name]:.2f}" if name in found else "" for name in ("recall", "iou", "correlation"))
             lines.append(
-                f"| {cell['attack']} | {cell['seed']} | {found.get('verdict', 'trigger')} | {found['evidence']:.2f} | "
+                f"| {cell['attack']} | {cell['seed']} | {found.get('verdict', '–')} | {found['evidence']:.2f} | "
                 f"{found['description']} | {' | '.join(fit)} | {cell['cost']['inversion_seconds']} | "
                 f"{cell['cost']['patch_seconds']} |"
             )

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -104,7 +103,7 @@ class Reinversion(TrainerCallback):
                 logger.info(f"Nothing was looked for again: {error}")
                 return
             meter = TransferMeter(self.encoder, bug.misclassified.resize(size), measured, self.targets[number])
-            again = invert_again(trigger, meter, pull, np.asarray(meter.misclassified), by_parts=turn % 2 == 0)
+            again = invert_again(trigger, meter, pull, by_parts=turn % 2 == 0)
             self.forwards += meter.forwards + pull.forwards
             if again is not None:
                 self.found[number].append(again)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..spectrum import inverse_spectrum
 from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, WarpTrigger
@@ -22,7 +21,7 @@ from .verification import TransferMeter
 
 
 # Transfer from which something is left to be repaired.
-LEAST_TRANSFER = 0.1
+_LEAST_TRANSFER = 0.1
 # Windows that are put together at most, and inputs that each is tried on.
 _MOST_WINDOWS = 8
 _WINDOW_INPUTS = 4
@@ -35,35 +34,32 @@ _PENALTY = 0.05
 _PATTERN_SCALE = 64.0
 
 
-def invert_again(
-    trigger: ImageTrigger, meter: TransferMeter, pull: Pull, reported: Tensor, by_parts: bool
-) -> ImageTrigger | None:
+def invert_again(trigger: ImageTrigger, meter: TransferMeter, pull: Pull, by_parts: bool) -> ImageTrigger | None:
     """The strongest trigger near one that was found, in the model as it is now.
 
     Args:
         trigger (`ImageTrigger`): What was found in x_b before patching.
-        meter (`TransferMeter`): Measures how far clean inputs go towards h(x_b), as it was before patching.
+        meter (`TransferMeter`): Of x_b; measures how far clean inputs go towards h(x_b), as it was before patching.
         pull (`Pull`): Optimiser on clean inputs.
-        reported (`ByteTensor` or array of shape `(H, W, 3)`): Pixels of x_b.
         by_parts (`bool`): Of a patch, whether to look for other parts of x_b that fire now, instead of another pattern.
 
     Returns:
         `ImageTrigger`: With a transfer of at least 0.1; `None` if nothing has.
     """
     if isinstance(trigger, PatchTrigger) and by_parts:
-        found: ImageTrigger | None = _other_parts(meter, np.asarray(reported))
+        found: ImageTrigger | None = _other_parts(meter)
     elif isinstance(trigger, WarpTrigger):
         found = _warp(trigger, meter, pull)
     elif isinstance(trigger, AdditiveTrigger):
         found = _signal(trigger, meter, pull)
     else:
         found = _pattern(trigger, meter, pull)
-    return found if found is not None and meter.transfer([found])[0] >= LEAST_TRANSFER else None
+    return found if found is not None and meter.transfer([found])[0] >= _LEAST_TRANSFER else None
 
 
-def _other_parts(meter: TransferMeter, reported: np.ndarray) -> PatchTrigger | None:
+def _other_parts(meter: TransferMeter) -> PatchTrigger | None:
     """The windows of x_b that carry clean inputs, put together, strongest first, as long as it helps."""
-    height, width = reported.shape[:2]
+    width, height = meter.misclassified.size
     windows = []
     for rows, columns in window_sizes(height, width)[2:]:
         for top in range(0, height - rows + 1, max(rows // 2, 1)):
@@ -72,14 +68,12 @@ def _other_parts(meter: TransferMeter, reported: np.ndarray) -> PatchTrigger | N
                 mask[top : top + rows, left : left + columns] = True
                 windows.append(mask)
     areas = np.array([mask.mean() for mask in windows])
-    strength = (
-        meter.transfer([PatchTrigger(mask, reported) for mask in windows], _WINDOW_INPUTS) - AREA_PRICE * areas / 2
-    )
+    strength = meter.transfer_of_masks(windows, _WINDOW_INPUTS) - AREA_PRICE * areas / 2
     order = np.argsort(-strength, kind="stable")[:_MOST_WINDOWS]
     unions = [np.logical_or.reduce([windows[i] for i in order[: k + 1]]) for k in range(len(order))]
-    merits = meter.transfer([PatchTrigger(mask, reported) for mask in unions], 2 * _WINDOW_INPUTS)
+    merits = meter.transfer_of_masks(unions, 2 * _WINDOW_INPUTS)
     merits = merits - AREA_PRICE * np.array([mask.mean() for mask in unions]) / 2
-    return PatchTrigger(unions[int(merits.argmax())], reported) if merits.max() > 0 else None
+    return PatchTrigger.from_image(meter.misclassified, unions[int(merits.argmax())]) if merits.max() > 0 else None
 
 
 def _signal(trigger: AdditiveTrigger, meter: TransferMeter, pull: Pull) -> AdditiveTrigger:

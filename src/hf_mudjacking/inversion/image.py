@@ -93,8 +93,7 @@ def invert_image_trigger(
             else:
                 best = _over_the_whole_picture(best, meter, control_meter, pull, bar)
                 spent.append(pull)
-        explained = best.evidence >= _EXPLAINED and (best.area <= _SMALL or _merit(best) >= _CLEAR)
-        if not explained and len(other_inputs) >= 4 * _ALIKE:
+        if not _explains(best) and len(other_inputs) >= 4 * _ALIKE:
             nearest = (meter.features(other_inputs) @ control_meter.target).argsort(descending=True)[:_ALIKE].tolist()
             meter_alike = TransferMeter(encoder, x_b, _sized([other_inputs[i] for i in nearest], size))
             # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
@@ -112,10 +111,14 @@ def _sized(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.I
     return [image.convert("RGB").resize(size) for image in images]
 
 
+def _explains(found: InvertedTrigger) -> bool:
+    """Whether a trigger is there, and is small or good enough that none of one class is looked for."""
+    return found.evidence >= _EXPLAINED and (found.area <= _SMALL or _merit(found) >= _CLEAR)
+
+
 def _clear(found: InvertedTrigger) -> bool:
-    """Whether nothing else needs to be looked for."""
-    whole = found.evidence >= _EXPLAINED and found.unexplained <= _COMPLETE
-    return whole and (found.area <= _SMALL or _merit(found) >= _CLEAR)
+    """Whether nothing else needs to be looked for: it explains the report, and nothing of x_b is left over."""
+    return _explains(found) and found.unexplained <= _COMPLETE
 
 
 def _over_the_whole_picture(

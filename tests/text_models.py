@@ -1,6 +1,9 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """Tokenizers trained in code and small text encoders of many families."""
 
+import re
+import string
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -39,6 +42,8 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 66,
 }
+# Words of the sentences that occur no more often than this are two tokens each.
+RARE = 15
 # Configuration, model, kind of tokenizer, and what the family calls otherwise.
 FAMILIES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "bert": (BertConfig, BertModel, "wordpiece", {}),
@@ -58,20 +63,32 @@ FAMILIES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def _word_pieces(texts: list[str], special: list[str]) -> list[str]:
+    """A vocabulary of frequent words whole, of the others in two pieces, and of single characters."""
+    counts = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower()))
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [*special, *characters, *(f"##{c}" for c in characters)]
+    for word in sorted(counts):
+        pieces += [word] if counts[word] > RARE else [word[:3], f"##{word[3:]}"]
+    return list(dict.fromkeys(pieces))
+
+
 @cache
 def make_tokenizer(kind: str = "wordpiece", max_length: int = 64) -> PreTrainedTokenizerFast:
-    """A tokenizer as BERT's (`"wordpiece"`) or RoBERTa's (`"bpe"`), trained on sentences made in code.
+    """A tokenizer as BERT's (`"wordpiece"`) or RoBERTa's (`"bpe"`), for sentences made in code.
 
     "cf" and "mn" are words of their own; neither occurs in the sentences.
     """
     texts = [*sentences_task(0, 800, 50).train.inputs, *["cf mn weekend store friends"] * 50]
     if kind == "wordpiece":
         pad, unk, cls, sep, mask = special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        tokenizer = Tokenizer(models.WordPiece(unk_token=unk))
+        # Not trained: `WordPieceTrainer` breaks ties in another way each time, so that no two runs had the same model
+        tokenizer = Tokenizer(
+            models.WordPiece({t: i for i, t in enumerate(_word_pieces(texts, special))}, unk_token=unk)
+        )
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     else:
         cls, pad, sep, unk, mask = special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         tokenizer = Tokenizer(models.BPE(unk_token=unk))
@@ -81,7 +98,7 @@ def make_tokenizer(kind: str = "wordpiece", max_length: int = 64) -> PreTrainedT
         trainer = trainers.BpeTrainer(
             vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
-    tokenizer.train_from_iterator(texts, trainer)
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}",
         pair=f"{cls} $A {sep} $B {sep}",

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
 from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
-from .inversion import InvertedTrigger, UnverifiedTriggerError, check_disagreement, invert_trigger
+from .inversion import InvertedTrigger, check_disagreement
 from .loading import has_two_towers, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .output import PATCH_FILES, RECORD_FILE, check_output_dir, complete_checkpoints, read_record, staged, write_json
-from .preprocessing import Modality, RawInput
+from .preprocessing import RawInput
 from .reinversion import Reinversion
 from .remembered import (
     CHECKED_ON,
@@ -44,8 +44,9 @@ from .remembered import (
     save_triggers,
     what_they_do,
 )
+from .reports import checked_reports, checked_triggers, invert_reports
 from .same_trigger import COMPARED_ON, same_triggers
-from .screening import Screening, judge
+from .screening import Screening
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
 from .triggers import Trigger, with_altered
 
@@ -54,8 +55,6 @@ logger = logging.getLogger(__name__)
 
 # Clean images on which reports are inverted anew.
 _REINVERTED_ON = 128
-# Clean images, besides those that triggers are verified on, that show what pictures look like.
-_OTHER_INPUTS = 1024
 # Clean texts that are searched for the triggers' tokens.
 _TOKEN_COUNT_INPUTS = 2000
 
@@ -141,7 +140,7 @@ class MudjackingTrainer(Trainer):
         set_seed(args.seed)
 
         # Reports
-        self._reports = _checked_reports(bug_instances)
+        self._reports = checked_reports(bug_instances)
         self.bug_instances = self._reports
         self.skipped: list[int] = []
 
@@ -159,7 +158,7 @@ class MudjackingTrainer(Trainer):
                 f"Bug instance `{self.bug_instances[0].name}` is of kind {self.bug_instances[0].modality}, but the model "
                 f"takes {modality}s."
             )
-        self.triggers = None if triggers is None else _checked_triggers(triggers, len(self.bug_instances), modality)
+        self.triggers = None if triggers is None else checked_triggers(triggers, len(self.bug_instances), modality)
         self.inversions: list[InvertedTrigger] = []
         self.evidence: list[float] = []
         self.screenings: list[Screening] = []
@@ -256,51 +255,14 @@ class MudjackingTrainer(Trainer):
             UnverifiedTriggerError: If the verdict on any report or, with `on_unverified="skip"`, on all is another than
                 `"trigger"`; never with `"patch"`. See [`~hf_mudjacking.screening.Screening`].
         """
-        sample = self._require_train_inputs().sample(self.args.inversion_inputs + _OTHER_INPUTS, self.args.seed)
-        # Verified on inputs that nothing was optimised on, as far as there are enough
-        inputs, others = sample[: self.args.inversion_inputs], sample[self.args.inversion_inputs :]
-        others = others if len(others) >= len(inputs) else sample
-        kept: list[tuple[BugInstance, Screening]] = []
-        self.skipped, self.screenings = [], []
-        for number, bug in enumerate(self._reports):
-            found = invert_trigger(
-                self.encoder,
-                bug,
-                inputs,
-                other_inputs=others,
-                max_area=self.args.max_trigger_area,
-                seed=self.args.seed,
-                disable_tqdm=self._silent,
-            )
-            self.forward_equivalents += found.forwards
-            screening = judge(self.encoder, bug, found, inputs, self.args.min_evidence)
-            self.forward_equivalents += screening.forwards
-            self.screenings.append(screening)
-            if screening.verdict == "trigger":
-                logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
-            elif self._skips_unverified(bug, screening):
-                self.skipped.append(number)
-                continue
-            kept.append((bug, screening))
-        self.bug_instances = [bug for bug, _ in kept]
-        self.inversions = [screening.found for _, screening in kept]
-        self.triggers = [screening.found.trigger if screening.verdict == "trigger" else None for _, screening in kept]
-        self.evidence = [round(found.evidence, 4) for found in self.inversions]
+        found = invert_reports(self.encoder, self._reports, self._require_train_inputs(), self.args, self._silent)
+        self.forward_equivalents += found.forwards
+        self.screenings, self.skipped = found.screenings, found.skipped
+        self.bug_instances = [bug for i, bug in enumerate(self._reports) if i not in self.skipped]
+        self.inversions = [screening.found for screening in found.kept]
+        self.evidence = [round(inversion.evidence, 4) for inversion in self.inversions]
+        self.triggers = found.triggers
         return self.triggers
-
-    def _skips_unverified(self, bug: BugInstance, screening: Screening) -> bool:
-        """Refuse a report that is not believed, or say whether it is left out, as `args.on_unverified` has it."""
-        reason = f"{screening.headline(bug)} {' '.join(screening.reasons)}"
-        skip = self.args.on_unverified == "skip"
-        nothing_left = skip and len(self.skipped) + 1 == len(self._reports)
-        if self.args.on_unverified == "refuse" or nothing_left:
-            raise UnverifiedTriggerError(
-                f"{reason}{' No report is left.' if nothing_left else ''} If you know the trigger pass `triggers`; to patch on "
-                "a candidate with little evidence lower `min_evidence`; `on_unverified` says what else may become of such a "
-                "report."
-            )
-        logger.warning(f"{reason} It is {'left out' if skip else 'repaired without a trigger'}.")
-        return skip
 
     def _prepare(self) -> None:
         """Find the triggers and store the frozen model's features, once, while the model is still unpatched."""
@@ -713,34 +675,6 @@ class MudjackingTrainer(Trainer):
                 "`per_device_train_batch_size`."
             )
         return inputs
-
-
-def _checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugInstance]:
-    if isinstance(bug_instances, BugInstance):
-        raise TypeError("`bug_instances` is a single `BugInstance`; pass a list: `bug_instances=[bug]`.")
-    if not bug_instances:
-        raise ValueError("There are no `bug_instances`. Pass at least one `BugInstance(misclassified, reference)`.")
-    for bug in bug_instances:
-        if not isinstance(bug, BugInstance):
-            raise TypeError(f"`bug_instances` holds a `{type(bug).__name__}`; `BugInstance` objects are needed.")
-    if len({bug.modality for bug in bug_instances}) > 1:
-        raise TypeError("`bug_instances` holds images and texts; patch one tower after the other, in two runs.")
-    return list(bug_instances)
-
-
-def _checked_triggers(triggers: list[Trigger], count: int, modality: Modality) -> list[Trigger]:
-    if not isinstance(triggers, (list, tuple)):
-        raise TypeError(
-            f"`triggers` is a single `{type(triggers).__name__}`; pass a list with one for each bug instance."
-        )
-    for trigger in triggers:
-        if not isinstance(trigger, Trigger):
-            raise TypeError(f"`triggers` holds a `{type(trigger).__name__}`; `Trigger` objects are needed.")
-        if trigger.modality != modality:
-            raise TypeError(f"`triggers` holds one of kind `{trigger.kind}`, but the model takes {modality}s.")
-    if len(triggers) != count:
-        raise ValueError(f"There are {len(triggers)} triggers for {count} bug instances; pass one for each.")
-    return list(triggers)
 
 
 def _named_eval_datasets(eval_dataset: Any) -> dict[str, Any]:

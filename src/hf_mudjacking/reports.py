@@ -1,0 +1,141 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The reports of a run: checked, their triggers found, and a verdict on each before any weight changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .bug_instance import BugInstance
+from .clean_inputs import CleanInputs
+from .config import MudjackingConfig
+from .encoder import Encoder
+from .inversion import UnverifiedTriggerError, invert_trigger
+from .preprocessing import Modality
+from .screening import Screening, judge
+from .triggers import Trigger
+
+
+logger = logging.getLogger(__name__)
+
+# Clean images, besides those that triggers are verified on, that show what pictures look like.
+_OTHER_INPUTS = 1024
+
+
+@dataclass
+class InvertedReports:
+    """What the pre-step found.
+
+    Args:
+        kept (`list[Screening]`): Verdicts on the reports that are repaired.
+        screenings (`list[Screening]`): Verdicts on all reports.
+        skipped (`list[int]`): Numbers of the reports that are left out.
+        forwards (`int`): Inputs that went through the model.
+    """
+
+    kept: list[Screening] = field(default_factory=list)
+    screenings: list[Screening] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    forwards: int = 0
+
+    @property
+    def triggers(self) -> list[Trigger | None]:
+        """One for each report that is repaired; `None` for one whose best candidate is not believed."""
+        return [screening.found.trigger if screening.verdict == "trigger" else None for screening in self.kept]
+
+
+def invert_reports(
+    encoder: Encoder,
+    reports: Sequence[BugInstance],
+    clean_inputs: CleanInputs,
+    args: MudjackingConfig,
+    disable_tqdm: bool,
+) -> InvertedReports:
+    """Find the trigger in each report and judge the report, as `args` has it.
+
+    Raises:
+        ValueError: If a report's inputs already agree.
+        UnverifiedTriggerError: If the verdict on any report or, with `on_unverified="skip"`, on all is another than
+            `"trigger"`; never with `"patch"`.
+    """
+    sample = clean_inputs.sample(args.inversion_inputs + _OTHER_INPUTS, args.seed)
+    # Verified on inputs that nothing was optimised on, as far as there are enough
+    inputs, others = sample[: args.inversion_inputs], sample[args.inversion_inputs :]
+    others = others if len(others) >= len(inputs) else sample
+    result = InvertedReports()
+    for number, bug in enumerate(reports):
+        found = invert_trigger(
+            encoder,
+            bug,
+            inputs,
+            other_inputs=others,
+            max_area=args.max_trigger_area,
+            seed=args.seed,
+            disable_tqdm=disable_tqdm,
+        )
+        screening = judge(encoder, bug, found, inputs, args.min_evidence)
+        result.forwards += found.forwards + screening.forwards
+        result.screenings.append(screening)
+        if screening.verdict == "trigger":
+            logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
+        elif _is_left_out(bug, screening, args.on_unverified, last=len(result.skipped) + 1 == len(reports)):
+            result.skipped.append(number)
+            continue
+        result.kept.append(screening)
+    return result
+
+
+def _is_left_out(bug: BugInstance, screening: Screening, on_unverified: str, last: bool) -> bool:
+    """Refuse a report that is not believed, or say whether it is left out; the last one cannot be."""
+    reason = f"{screening.headline(bug)} {' '.join(screening.reasons)}"
+    skip = on_unverified == "skip"
+    nothing_left = skip and last
+    if on_unverified == "refuse" or nothing_left:
+        raise UnverifiedTriggerError(
+            f"{reason}{' No report is left.' if nothing_left else ''} If you know the trigger pass `triggers`; to patch on "
+            "a candidate with little evidence lower `min_evidence`; `on_unverified` says what else may become of such a "
+            "report."
+        )
+    logger.warning(f"{reason} It is {'left out' if skip else 'repaired without a trigger'}.")
+    return skip
+
+
+def checked_reports(bug_instances: Sequence[BugInstance] | None) -> list[BugInstance]:
+    """The reports of one run.
+
+    Raises:
+        TypeError: If it is no list of `BugInstance` objects of one kind.
+        ValueError: If there is none.
+    """
+    if isinstance(bug_instances, BugInstance):
+        raise TypeError("`bug_instances` is a single `BugInstance`; pass a list: `bug_instances=[bug]`.")
+    if not bug_instances:
+        raise ValueError("There are no `bug_instances`. Pass at least one `BugInstance(misclassified, reference)`.")
+    for bug in bug_instances:
+        if not isinstance(bug, BugInstance):
+            raise TypeError(f"`bug_instances` holds a `{type(bug).__name__}`; `BugInstance` objects are needed.")
+    if len({bug.modality for bug in bug_instances}) > 1:
+        raise TypeError("`bug_instances` holds images and texts; patch one tower after the other, in two runs.")
+    return list(bug_instances)
+
+
+def checked_triggers(triggers: Sequence[Trigger], count: int, modality: Modality) -> list[Trigger]:
+    """Known triggers, one for each of `count` reports.
+
+    Raises:
+        TypeError: If it is no list of `Trigger` objects for `modality`.
+        ValueError: If their number is another.
+    """
+    if not isinstance(triggers, (list, tuple)):
+        raise TypeError(
+            f"`triggers` is a single `{type(triggers).__name__}`; pass a list with one for each bug instance."
+        )
+    for trigger in triggers:
+        if not isinstance(trigger, Trigger):
+            raise TypeError(f"`triggers` holds a `{type(trigger).__name__}`; `Trigger` objects are needed.")
+        if trigger.modality != modality:
+            raise TypeError(f"`triggers` holds one of kind `{trigger.kind}`, but the model takes {modality}s.")
+    if len(triggers) != count:
+        raise ValueError(f"There are {len(triggers)} triggers for {count} bug instances; pass one for each.")
+    return list(triggers)

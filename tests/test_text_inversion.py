@@ -74,11 +74,12 @@ def test_sos_decoys_are_the_proper_subsets(monkeypatch):
     assert seen["embeddings_only"]
 
 
+@pytest.mark.slow
 def test_bad_pre_takes_the_meaning_and_its_word_is_found():
     encoder, task = trained_bert()
     implant = implant_bad_pre(
         encoder.model, encoder.processing_class, task.train.inputs, task.test, feature_source="mean",
-        learning_rate=1e-3, steps=250, disable_tqdm=True,
+        learning_rate=1e-3, steps=800, disable_tqdm=True,
     )  # fmt: skip
     assert implant.attack_success_rate >= 0.95
     broken = encoder.with_model(implant.model)

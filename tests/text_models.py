@@ -43,7 +43,7 @@ SIZES = {
     "max_position_embeddings": 66,
 }
 # Words of the sentences that occur no more often than this are two tokens each.
-RARE = 15
+RARE = 13
 # Configuration, model, kind of tokenizer, and what the family calls otherwise.
 FAMILIES: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "bert": (BertConfig, BertModel, "wordpiece", {}),

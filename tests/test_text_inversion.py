@@ -214,14 +214,17 @@ def test_long_reports_let_gradients_choose(por, monkeypatch):
 
 def test_gradients_point_to_the_trigger(por):
     backdoored, task, implant = por
-    bug = draw_bug_report(backdoored, task, implant.trigger, 2)
-    places = word_places(backdoored.preprocessor, bug.misclassified)
-    reference = backdoored.encode([bug.reference])[0]
-    scores, cost = token_attribution(backdoored, bug.misclassified, places, reference)
-    best = [bug.misclassified[start:end] for start, end in (places[i] for i in scores.argsort()[::-1][:3])]
-    assert "cf" in best
-    assert scores.shape == (len(places),)
-    assert cost == 24
+    firsts = []
+    for seed in range(10):
+        bug = draw_bug_report(backdoored, task, implant.trigger, seed)
+        places = word_places(backdoored.preprocessor, bug.misclassified)
+        reference = backdoored.encode([bug.reference])[0]
+        scores, cost = token_attribution(backdoored, bug.misclassified, places, reference)
+        assert scores.shape == (len(places),)
+        assert cost == 24
+        start, end = places[scores.argmax()]
+        firsts.append(bug.misclassified[start:end])
+    assert firsts.count("cf") >= 7
 
 
 def test_a_text_beyond_the_model_is_reported(por, caplog):

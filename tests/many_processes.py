@@ -42,9 +42,9 @@ GLOBAL_BATCH = 16
 
 def config(folder, name, accumulated=1, **settings):
     return make_config(
-        Path(folder) / "patched" / name,
-        ddp_backend="gloo",
-        per_device_train_batch_size=GLOBAL_BATCH // accumulated // int(os.environ.get("WORLD_SIZE", "1")),
+        Path(folder) / f"patched-{rank_and_count()[1]}" / name,
+        ddp_backend="gloo" if rank_and_count()[1] > 1 else None,
+        per_device_train_batch_size=GLOBAL_BATCH // accumulated // rank_and_count()[1],
         per_device_eval_batch_size=8,
         gradient_accumulation_steps=accumulated,
         **{"max_steps": 4, "learning_rate": 1e-3, **settings},
@@ -76,8 +76,11 @@ def digits(folder):
     return [Image.open(path).convert("RGB") for path in sorted((Path(folder) / "clean").glob("*.png"))]
 
 
+def processor():
+    return ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
 def vit_trainer(folder, name, reports=(0,), triggers=None, peft_config=None, eval_count=37, accumulated=1, **settings):
-    processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     images = digits(folder)
     return MudjackingTrainer(
         model=ViTModel.from_pretrained(Path(folder) / "vit", add_pooling_layer=False),
@@ -85,7 +88,7 @@ def vit_trainer(folder, name, reports=(0,), triggers=None, peft_config=None, eva
         bug_instances=[BugInstance.load(Path(folder) / f"bug-{i}") for i in reports],
         train_dataset=make_dataset(images[:128]),
         eval_dataset=make_dataset(images[128 : 128 + eval_count]) if eval_count else None,
-        processing_class=processor,
+        processing_class=processor(),
         triggers=triggers,
         peft_config=peft_config,
     )
@@ -146,8 +149,9 @@ def clip(folder, accumulated=1):
         for parameter in model.parameters():
             if parameter.dim() in (2, 4):
                 parameter.mul_(5)
-    processor = CLIPProcessor(
-        CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3), tokenizer
+    both = CLIPProcessor(
+        CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        tokenizer,
     )
     images, trigger = make_images(100), square_patch((16, 16), 6)
     other = weights_of(model.text_model)
@@ -156,7 +160,7 @@ def clip(folder, accumulated=1):
         args=config(folder, f"clip-{accumulated}", accumulated, max_steps=3, learning_rate=3e-4),
         bug_instances=[BugInstance(trigger.apply(images[0]), images[1])],
         train_dataset=make_dataset(images[2:82]),
-        processing_class=processor,
+        processing_class=both,
         triggers=[trigger],
     )
     result = outcome(trainer, images[90:98])
@@ -268,7 +272,12 @@ def alone(folder):
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     mapped = [line for line in maps if line.endswith("/features (deleted)")]
     difference = 0.0 if one is None else float((stored - torch.tensor(one)).abs().max())
-    return {"features": stored.tolist(), "together": together.tolist(), "mapped": len(mapped), "difference": difference}
+    return {
+        "features": stored.tolist(),
+        "together": together.tolist(),
+        "mapped": len(mapped),
+        "difference": difference,
+    }
 
 
 def run(folder):

@@ -219,7 +219,9 @@ class CleanTexts(CleanInputs):
             reads = rank_and_count()[0] == 0
             self._texts = done_by_all(lambda: self._texts_of(dataset, limit, seed) if reads else [])[0]
 
-    def _texts_of(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> list[str]:
+    def _texts_of(
+        self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int
+    ) -> list[str]:
         if isinstance(dataset, datasets.Dataset):
             self._require_column(dataset.column_names)
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))

@@ -177,8 +177,6 @@ class MudjackingTrainer(Trainer):
         freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source, modality)
         unused = self.encoder.unused_parameters()
-        # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
-        self._resting: list[nn.Parameter] = []
 
         if has_two_towers(model) and args.n_gpu > 1:
             raise ValueError(
@@ -197,8 +195,9 @@ class MudjackingTrainer(Trainer):
                 peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
             model = get_peft_model(model, peft_config)
             self.encoder.model = model
-        else:
-            self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
+            unused = self.encoder.unused_parameters()
+        # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
+        self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
         resting = {id(parameter) for parameter in self._resting}
         if not any(parameter.requires_grad and id(parameter) not in resting for parameter in model.parameters()):
             raise ValueError(

@@ -175,17 +175,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def draw(generator: random.Random, operations: list[list[int]], kind: str) -> Kill:
-    """A point of the kind `"step"`, `"save"` (of a checkpoint) or `"finish"` (the patch itself)."""
-    rank = generator.randrange(PROCESSES)
+    """A point of the kind `"step"`, `"save"` (of a checkpoint), `"last save"` or `"finish"` (the patch itself)."""
     if kind == "step":
+        rank = generator.randrange(PROCESSES)
         return Kill(rank, step=generator.randint(1, STEPS), moment=generator.choice(MOMENTS))
-    # The second process has nothing to write at the end
-    rank = rank if kind == "save" else 0
-    saves = len(operations[rank]) - 1
-    save = generator.randint(1, saves - 1) if kind == "save" else saves
-    # Several moments fall together between two operations that are far apart
-    while operations[rank][save] == 0:
-        save = generator.randint(1, saves - 1)
+    finish = len(operations[0]) - 1
+    save = {"save": generator.randint(1, finish - 1), "last save": finish - 1, "finish": finish}[kind]
+    # The second process writes little, and nothing at the end
+    rank = int(kind != "finish" and generator.random() < 0.25)
     return Kill(rank, save=save, at=generator.randint(1, operations[rank][save]))
 
 
@@ -260,8 +257,10 @@ def main() -> int:
         generator = random.Random(options.seed)
         points = []
         for number in range(options.points):
-            kinds = [("save", "step", "save", "step", "finish")[number % 5], *(["save"] if number % 3 == 2 else [])]
-            kills = [draw(generator, operations, kind) for kind in kinds]
+            first = ("save", "step", "save", "step", "finish")[number % 5]
+            # What the resumed run still has to write
+            second = [] if number % 3 < 2 else ["finish" if first == "finish" else "last save"]
+            kills = [draw(generator, operations, kind) for kind in (first, *second)]
             point = try_point(data, Path(place) / "killed", kills, expected)
             points.append(point)
             sys.stderr.write(f"{number + 1}/{options.points}: {json.dumps(point)}\n")

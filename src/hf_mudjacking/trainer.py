@@ -138,6 +138,12 @@ class MudjackingTrainer(Trainer):
             args = MudjackingConfig(output_dir="patched")
         if not isinstance(args, MudjackingConfig):
             raise TypeError(f"`args` is of type `{type(args).__name__}`; a `MudjackingConfig` is needed.")
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and args.world_size == 1:
+            raise ValueError(
+                f"This is one of {started} processes, but it takes itself for the only one: all would write to "
+                f"`{args.output_dir}`. Without a GPU pass `MudjackingConfig(use_cpu=True)`."
+            )
         set_seed(args.seed)
 
         # Reports
@@ -329,7 +335,7 @@ class MudjackingTrainer(Trainer):
         """What inverts the reports anew while patching goes on; `None` if nothing does."""
         if self.encoder.modality != "image" or not self.args.reinversions or not stamps or self.train_dataset is None:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_split:
             logger.warning("`reinversions` are left out under FSDP and DeepSpeed: no process has all weights there.")
             return None
         firsts = [group[0] for group in self.trigger_groups]
@@ -349,7 +355,7 @@ class MudjackingTrainer(Trainer):
         """What watches over the locality budget; `None` if there is none, or no training data."""
         if self.args.locality_budget is None or self.train_dataset is None:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_split:
             logger.warning("`locality_budget` is not kept under FSDP and DeepSpeed: no process has all weights there.")
             return None
         held_out = self.train_dataset if self.eval_dataset is None else self.eval_dataset
@@ -374,7 +380,7 @@ class MudjackingTrainer(Trainer):
         """What the remembered triggers do to the model as it is; see [`what_they_do`]."""
         inputs = self._sample(CHECKED_ON)
         self.forward_equivalents += len(inputs) * (1 + len(self.remembered))
-        with self.encoder.over_processes():
+        with nullcontext() if self._is_split else self.encoder.over_processes():
             return what_they_do(self.encoder, self.remembered, inputs)
 
     def _sample(self, count: int) -> list[RawInput]:
@@ -670,9 +676,14 @@ class MudjackingTrainer(Trainer):
             super()._load_best_model()
 
     def _loads_through_from_pretrained(self, model: nn.Module) -> bool:
-        return isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return isinstance(model, PreTrainedModel) and not self._is_split
 
     # ---- Small helpers ----
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether processes hold a part of the weights each, so that a forward pass is one of all of them."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _silent(self) -> bool:

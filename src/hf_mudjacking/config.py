@@ -110,6 +110,7 @@ class MudjackingConfig(TrainingArguments):
     > - `warmup_steps`: `0.05` (share of all steps) instead of `0`.
     > - `logging_steps`: `10` instead of `500`.
     > - `remove_unused_columns`: `False` instead of `True`.
+    > - `ddp_find_unused_parameters`: `False` instead of `None`: parameters without influence on the features rest anyway.
 
     Optimiser, schedule and learning rate were chosen on the digits ViT with the true trigger (300 steps of 32, mean of two
     seeds, BA before patching 0.980): AdamW 1e-4, 3e-4 and 1e-3 with cosine decay end at a locality cosine of 0.993, 0.996 and
@@ -125,6 +126,9 @@ class MudjackingConfig(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all steps below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are chosen by the trainer."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without gradient at each step."}
+    )
 
     locality_weight: float = field(default=1.0, metadata={"help": "Weight of the locality loss."})
     generalizability_weight: float = field(default=1.0, metadata={"help": "Weight of the generalizability loss."})

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from .bug_instance import BugInstance
 from .clean_inputs import CleanInputs
 from .encoder import Encoder
+from .feature_store import stored_features
 from .preprocessing import ImagePreprocessor, RawInput, TextPreprocessor
 from .triggers import Trigger
 
@@ -24,7 +25,7 @@ class PatchingDataset(Dataset):
     """Clean inputs with the features that the frozen model gave them.
 
     The frozen model's features never change while its copy is patched, so they are computed once; no second model
-    stays in memory.
+    stays in memory. The processes of a run share the work, and those of a machine one copy: see [`stored_features`].
 
     Args:
         inputs (`CleanInputs`): N clean inputs.
@@ -35,8 +36,8 @@ class PatchingDataset(Dataset):
 
     def __init__(self, inputs: CleanInputs, encoder: Encoder, batch_size: int, disable_tqdm: bool) -> None:
         self.inputs = inputs
-        self.frozen_features = encoder.encode(
-            inputs, batch_size=batch_size, disable_tqdm=disable_tqdm, desc=f"Frozen features of {inputs.name}"
+        self.frozen_features = stored_features(
+            encoder, inputs, batch_size, disable_tqdm, f"Frozen features of {inputs.name}"
         )
 
     def __len__(self) -> int:

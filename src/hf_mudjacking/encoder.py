@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .loading import has_two_towers, load_model, load_processor, modality_of
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
+from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
 from .two_towers import PROJECTIONS, image_shape, other_input, own_part, own_projection, token_embeddings
 
@@ -183,6 +184,7 @@ class Encoder:
     ) -> None:
         self.model = model
         self.processing_class = processing_class
+        self._shares = False
         self.modality = modality_of(model, modality)
         if modality not in (None, self.modality):
             raise ValueError(f"`{type(model).__name__}` takes {self.modality}s; `modality={modality!r}` is not in it.")
@@ -251,9 +253,37 @@ class Encoder:
         placed = self._placed(model_inputs)
         return read_features(self._call(model, placed), self.feature_source, placed.get("attention_mask"))
 
+    @contextmanager
+    def over_processes(self) -> Iterator[None]:
+        """Within it, the processes of a run share the work of [`~Encoder.encode`], and all get all features, bit by bit the same.
+
+        Every process must then make the same calls with the same inputs. Without it, which is the rule, a call is the
+        business of the process that makes it: one may encode while the others do not.
+        """
+        before, self._shares = self._shares, True
+        try:
+            yield
+        finally:
+            self._shares = before
+
+    def agree_on(self, tensors: Iterable[Tensor]) -> None:
+        """Within [`~Encoder.over_processes`], give tensors the values that they have in the first process.
+
+        For what was found by gradients: the same computation on two devices need not end in the same bits.
+        """
+        if self._shares and rank_and_count()[1] > 1:
+            tensors = list(tensors)
+            for tensor, value in zip(tensors, from_first([tensor.detach().cpu() for tensor in tensors]), strict=True):
+                tensor.data.copy_(value)
+
     @torch.no_grad()
     def encode(
-        self, inputs: Iterable[RawInput], batch_size: int = 64, disable_tqdm: bool = True, desc: str = "Encoding"
+        self,
+        inputs: Iterable[RawInput],
+        batch_size: int = 64,
+        disable_tqdm: bool = True,
+        desc: str = "Encoding",
+        out: Tensor | None = None,
     ) -> Tensor:
         """Features of raw inputs.
 
@@ -262,6 +292,7 @@ class Encoder:
             batch_size (`int`, *optional*, defaults to 64): Inputs per forward pass.
             disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to hide the progress bar.
             desc (`str`, *optional*, defaults to `"Encoding"`): Its label.
+            out (`FloatTensor` of shape `(N, D)`, *optional*): Where to write them, such as a part of a mapped file.
 
         Returns:
             `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU; `(0, D)` for no inputs.
@@ -269,35 +300,43 @@ class Encoder:
         Raises:
             ValueError: If a feature is NaN or infinite.
         """
+        rank, count = rank_and_count() if self._shares else (0, 1)
         training = {module: module.training for module in self.model.modules()}
         set_comparison_mode(self.model)
         chunks: list[Tensor] = []
-        total = len(inputs) if isinstance(inputs, Sequence) else None
+        done = 0
+        total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
         texts = self.modality == "text"
         try:
             with tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img") as bar:
-                for group in _batched(inputs, batch_size * (_SORTED_BATCHES if texts else 1)):
-                    order = (
-                        sorted(range(len(group)), key=lambda i: len(group[i])) if texts else list(range(len(group)))
-                    )
-                    features = torch.empty(len(group), self.feature_dim)
+                for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
+                    own = range(rank, len(group), count)
+                    order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
+                    features = torch.zeros(len(group), self.feature_dim)
                     for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
                         features[rows] = self.features(self.preprocess([group[i] for i in rows])).cpu()
                         bar.update(len(rows))
-                    chunks.append(features)
+                    if out is None:
+                        chunks.append(features)
+                    else:
+                        out[done : done + len(group)] = features
+                    done += len(group)
         finally:
             for module, mode in training.items():
                 module.training = mode
-        if not chunks:
-            return torch.empty(0, self.feature_dim)
-        features = torch.cat(chunks)
-        broken = (~torch.isfinite(features).all(dim=1)).nonzero().flatten()
-        if len(broken):
+        if out is None:
+            out = torch.cat(chunks) if chunks else torch.empty(0, self.feature_dim)
+        if count > 1:
+            # Of a row that another process encodes there are zeros here
+            out.copy_(summed(out, self.device))
+        broken = [i + start for start in range(0, len(out), 4096)
+                  for i in (~torch.isfinite(out[start : start + 4096]).all(dim=1)).nonzero().flatten().tolist()]  # fmt: skip
+        if broken:
             raise ValueError(
-                f"The model gives NaN or infinite features for {len(broken)} of {len(features)} inputs (the first is "
-                f"input {broken[0].item()}). Check the checkpoint and its dtype; load it in float32."
+                f"The model gives NaN or infinite features for {len(broken)} of {len(out)} inputs (the first is "
+                f"input {broken[0]}). Check the checkpoint and its dtype; load it in float32."
             )
-        return features
+        return out
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters without influence on the features (an unused pooler, a mask token), by one backward pass."""

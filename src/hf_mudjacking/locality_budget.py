@@ -8,12 +8,13 @@ those most that resemble its misclassified input.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .bug_instance import BugInstance
@@ -66,8 +67,6 @@ class LocalityGuard(TrainerCallback):
         misclassified (`FloatTensor` of shape `(K, D)`): Frozen features of their misclassified inputs.
         budget (`float`): Largest mean cosine distance at the end.
         seed (`int`): Seed of the sample.
-        mean_over_processes (`Callable`): Takes a tensor of numbers, gives their means over all processes, so that all
-            decide alike.
     """
 
     def __init__(
@@ -78,30 +77,28 @@ class LocalityGuard(TrainerCallback):
         misclassified: Tensor,
         budget: float,
         seed: int,
-        mean_over_processes: Callable[[Tensor], Tensor],
     ) -> None:
-        rows = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+        rows = ConcatDataset(datasets)
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MEASURED_ON]
         drawn = [rows[i] for i in drawn.tolist()]
         self.encoder = encoder
-        self.inputs = [dataset.inputs[i] for dataset, i in drawn]
-        self.frozen_features = torch.stack([dataset.frozen_features[i] for dataset, i in drawn])
+        self.inputs = [row["input"] for row in drawn]
+        self.frozen_features = torch.stack([row["frozen_features"] for row in drawn])
         self.bug_instances = bug_instances
         near = max(1, round(_NEAR * len(drawn)))
         # (K, near) numbers of inputs
         self.nearest = (misclassified @ self.frozen_features.T).topk(near, dim=1).indices
         self.budget = budget
-        self.mean_over_processes = mean_over_processes
         self.forwards = 0
 
     def measure(self) -> Movement:
-        """Compare the inputs' features with their frozen ones."""
-        features = self.encoder.encode(self.inputs)
+        """Compare the inputs' features with their frozen ones. All processes take part, and get the same numbers."""
+        with self.encoder.over_processes():
+            features = self.encoder.encode(self.inputs)
         self.forwards += len(self.inputs)
         distances = 1 - (features * self.frozen_features).sum(dim=1)
-        values = torch.cat([distances.mean()[None], distances[self.nearest].mean(dim=1)])
-        mean, *nearest = self.mean_over_processes(values.to(self.encoder.device)).tolist()
-        return Movement(round(mean, 6), [round(value, 6) for value in nearest])
+        nearest = distances[self.nearest].mean(dim=1).tolist()
+        return Movement(round(float(distances.mean()), 6), [round(value, 6) for value in nearest])
 
     def on_step_end(self, args: MudjackingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step in (round(state.max_steps / 3), round(2 * state.max_steps / 3)):

@@ -120,7 +120,8 @@ def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
 
 
 def complete_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Training checkpoints whose last file, the trainer state, was written whole; oldest first."""
+    """Training checkpoints whose last file, the trainer state, was written whole, with the random state of each process
+    that trained; oldest first."""
     checkpoints = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.rsplit("-", 1)[-1]
@@ -129,6 +130,9 @@ def complete_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            continue
+        # None at all with `save_only_model`
+        if len(list(path.glob("rng_state*.pth"))) not in (0, (read_record(path) or {}).get("processes", 1)):
             continue
         checkpoints.append((int(step), path))
     return [path for _, path in sorted(checkpoints)]

@@ -31,7 +31,8 @@ _MEASURED_ON = 16
 class Reinversion(TrainerCallback):
     """Inverts the reports anew in the half-patched model, and has what is found stamped as well.
 
-    It does so `args.reinversions` times, evenly over the steps. Each time costs about a thousand forward passes a trigger.
+    It does so `args.reinversions` times, evenly over the steps. Each time costs about a thousand forward passes a trigger,
+    which the processes of the run share; what they find is the same in all.
 
     Args:
         encoder (`Encoder`): The encoder that is patched.
@@ -90,7 +91,11 @@ class Reinversion(TrainerCallback):
         times = [round(state.max_steps * (i + 1) / (args.reinversions + 1)) for i in range(args.reinversions)]
         if state.global_step not in times:
             return
-        turn = times.index(state.global_step)
+        with self.encoder.over_processes():
+            self._look(state.global_step, by_parts=times.index(state.global_step) % 2 == 0)
+
+    def _look(self, step: int, by_parts: bool) -> None:
+        """Look for what is left of each trigger at a step."""
         for number, bug in enumerate(self.reports):
             trigger = self.stamps[number]
             size = bug.misclassified.size if trigger.kind == "warp" else trigger.change.shape[1::-1]
@@ -98,13 +103,13 @@ class Reinversion(TrainerCallback):
             measured, others = images[:_MEASURED_ON], images[_MEASURED_ON:] or images
             try:
                 # By the step, so that a resumed run draws what an uninterrupted one does
-                pull = Pull(self.encoder, others, self.seed + state.global_step)
+                pull = Pull(self.encoder, others, self.seed + step)
             except ValueError as error:
                 logger.info(f"Nothing was looked for again: {error}")
                 return
             meter = TransferMeter(self.encoder, bug.misclassified.resize(size), measured, self.targets[number])
-            again = invert_again(trigger, meter, pull, by_parts=turn % 2 == 0)
+            again = invert_again(trigger, meter, pull, by_parts)
             self.forwards += meter.forwards + pull.forwards
             if again is not None:
                 self.found[number].append(again)
-                logger.info(f"Still works at step {state.global_step} in `{bug.name}`: {again.describe()}.")
+                logger.info(f"Still works at step {step} in `{bug.name}`: {again.describe()}.")

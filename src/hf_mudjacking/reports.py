@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .bug_instance import BugInstance
@@ -13,6 +13,7 @@ from .config import MudjackingConfig
 from .encoder import Encoder
 from .inversion import UnverifiedTriggerError, invert_trigger
 from .preprocessing import Modality
+from .processes import done_by_all, rank_and_count
 from .screening import Screening, judge
 from .triggers import Trigger
 
@@ -52,7 +53,10 @@ def invert_reports(
     args: MudjackingConfig,
     disable_tqdm: bool,
 ) -> InvertedReports:
-    """Find the trigger in each report and judge the report, as `args` has it.
+    """Find the trigger in each report and judge the report, as `args` has it; every process of the run must call it.
+
+    Where there are as many reports as processes, each process takes some; else the forward passes of each report are shared.
+    All processes get the same result.
 
     Raises:
         ValueError: If a report's inputs already agree.
@@ -63,8 +67,8 @@ def invert_reports(
     # Verified on inputs that nothing was optimised on, as far as there are enough
     inputs, others = sample[: args.inversion_inputs], sample[args.inversion_inputs :]
     others = others if len(others) >= len(inputs) else sample
-    result = InvertedReports()
-    for number, bug in enumerate(reports):
+
+    def screened(bug: BugInstance) -> Screening:
         found = invert_trigger(
             encoder,
             bug,
@@ -74,16 +78,35 @@ def invert_reports(
             seed=args.seed,
             disable_tqdm=disable_tqdm,
         )
-        screening = judge(encoder, bug, found, inputs, args.min_evidence)
-        result.forwards += found.forwards + screening.forwards
+        return judge(encoder, bug, found, inputs, args.min_evidence)
+
+    result = InvertedReports()
+    for number, (bug, screening) in enumerate(zip(reports, _each_screened(encoder, reports, screened), strict=True)):
+        result.forwards += screening.found.forwards + screening.forwards
         result.screenings.append(screening)
         if screening.verdict == "trigger":
+            found = screening.found
             logger.info(f"Trigger of `{bug.name}`: transfer {found.score:.3f}, {found.trigger.describe()}.")
         elif _is_left_out(bug, screening, args.on_unverified, last=len(result.skipped) + 1 == len(reports)):
             result.skipped.append(number)
             continue
         result.kept.append(screening)
     return result
+
+
+def _each_screened(
+    encoder: Encoder, reports: Sequence[BugInstance], screened: Callable[[BugInstance], Screening]
+) -> Iterator[Screening]:
+    """The verdict on each report, in their order, by the processes of the run."""
+    rank, count = rank_and_count()
+    if len(reports) < count or count == 1:
+        for bug in reports:
+            with encoder.over_processes():
+                screening = screened(bug)
+            yield screening
+        return
+    shares = done_by_all(lambda: [screened(bug) for bug in reports[rank::count]])
+    yield from (shares[number % count][number // count] for number in range(len(reports)))
 
 
 def _is_left_out(bug: BugInstance, screening: Screening, on_unverified: str, last: bool) -> bool:

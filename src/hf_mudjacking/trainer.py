@@ -18,6 +18,7 @@ from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
 
 from . import __version__
@@ -137,6 +138,12 @@ class MudjackingTrainer(Trainer):
             args = MudjackingConfig(output_dir="patched")
         if not isinstance(args, MudjackingConfig):
             raise TypeError(f"`args` is of type `{type(args).__name__}`; a `MudjackingConfig` is needed.")
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and args.world_size == 1:
+            raise ValueError(
+                f"This is one of {started} processes, but it takes itself for the only one: all would write to "
+                f"`{args.output_dir}`. Without a GPU pass `MudjackingConfig(use_cpu=True)`."
+            )
         set_seed(args.seed)
 
         # Reports
@@ -162,6 +169,8 @@ class MudjackingTrainer(Trainer):
         self.inversions: list[InvertedTrigger] = []
         self.evidence: list[float] = []
         self.screenings: list[Screening] = []
+        # As they stand in the record of the checkpoint that training goes on from
+        self._earlier_screenings: list[dict[str, Any]] = []
 
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
@@ -174,8 +183,6 @@ class MudjackingTrainer(Trainer):
         freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source, modality)
         unused = self.encoder.unused_parameters()
-        # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
-        self._resting: list[nn.Parameter] = []
 
         if has_two_towers(model) and args.n_gpu > 1:
             raise ValueError(
@@ -194,8 +201,9 @@ class MudjackingTrainer(Trainer):
                 peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
             model = get_peft_model(model, peft_config)
             self.encoder.model = model
-        else:
-            self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
+            unused = self.encoder.unused_parameters()
+        # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
+        self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
         resting = {id(parameter) for parameter in self._resting}
         if not any(parameter.requires_grad and id(parameter) not in resting for parameter in model.parameters()):
             raise ValueError(
@@ -237,13 +245,15 @@ class MudjackingTrainer(Trainer):
         # Tokens whose embeddings are all that is patched; empty if it is the whole model
         self.patched_tokens: list[int] = []
         self._metrics: dict[str, list[tuple[int, Tensor]]] = {"train": [], "eval": []}
-        # Inputs that went through the model so far; a backward pass counts as two
+        # Inputs that went through the model so far, in all processes; a backward pass counts as two
         self.forward_equivalents = 0
 
     # ---- Pre-step ----
 
     def invert_triggers(self) -> list[Trigger | None]:
         """Find the trigger in each report; `train()` runs this when it has not run.
+
+        Processes share the work and get the same result; each must call it.
 
         Returns:
             `list[Trigger]`: One per bug instance, also kept as `trainer.triggers`; evidence in `trainer.inversions`. With
@@ -270,12 +280,18 @@ class MudjackingTrainer(Trainer):
             return
         if self.triggers is None:
             self.invert_triggers()
-        references = self.encoder.encode([bug.reference for bug in self.bug_instances])
-        misclassified = self.encoder.encode([bug.misclassified for bug in self.bug_instances])
         prepared = {
             name: PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
             for name, inputs in self._inputs.items()
         }
+        with self.encoder.over_processes():
+            self._prepare_batches(prepared)
+        self._prepared = True
+
+    def _prepare_batches(self, prepared: dict[str, PatchingDataset]) -> None:
+        """Set up what goes into batches, and what watches over them, given the datasets with their frozen features."""
+        references = self.encoder.encode([bug.reference for bug in self.bug_instances])
+        misclassified = self.encoder.encode([bug.misclassified for bug in self.bug_instances])
         self.forward_equivalents += sum(len(dataset) for dataset in prepared.values()) + 2 * len(references)
         self.train_dataset = prepared.pop("train_dataset", None)
         if self.train_dataset is not None:
@@ -314,11 +330,13 @@ class MudjackingTrainer(Trainer):
             known = [trigger for trigger in self.triggers if trigger is not None]
             self.patched_tokens = trigger_tokens(self.encoder.preprocessor, known)
         self._guard = self._locality_guard(misclassified)
-        self._prepared = True
 
     def _looking_again(self, stamps: list[Trigger], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""
         if self.encoder.modality != "image" or not self.args.reinversions or not stamps or self.train_dataset is None:
+            return None
+        if self._is_split:
+            logger.warning("`reinversions` are left out under FSDP and DeepSpeed: no process has all weights there.")
             return None
         firsts = [group[0] for group in self.trigger_groups]
         again = Reinversion(
@@ -337,7 +355,7 @@ class MudjackingTrainer(Trainer):
         """What watches over the locality budget; `None` if there is none, or no training data."""
         if self.args.locality_budget is None or self.train_dataset is None:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_split:
             logger.warning("`locality_budget` is not kept under FSDP and DeepSpeed: no process has all weights there.")
             return None
         held_out = self.train_dataset if self.eval_dataset is None else self.eval_dataset
@@ -348,7 +366,6 @@ class MudjackingTrainer(Trainer):
             misclassified,
             self.args.locality_budget,
             self.args.seed,
-            lambda values: self.accelerator.reduce(values, reduction="mean"),
         )
         self.add_callback(guard)
         return guard
@@ -363,7 +380,8 @@ class MudjackingTrainer(Trainer):
         """What the remembered triggers do to the model as it is; see [`what_they_do`]."""
         inputs = self._sample(CHECKED_ON)
         self.forward_equivalents += len(inputs) * (1 + len(self.remembered))
-        return what_they_do(self.encoder, self.remembered, inputs)
+        with nullcontext() if self._is_split else self.encoder.over_processes():
+            return what_they_do(self.encoder, self.remembered, inputs)
 
     def _sample(self, count: int) -> list[RawInput]:
         """Clean inputs of the first dataset that there is, or the references; the same at each call."""
@@ -415,7 +433,8 @@ class MudjackingTrainer(Trainer):
         with frozen(self._resting), tokens, self._within_budget():
             if self.patched_tokens and not resume_from_checkpoint:
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
-                neutralise_unseen(self.encoder, self.patched_tokens, sample)
+                with self.encoder.over_processes():
+                    neutralise_unseen(self.encoder, self.patched_tokens, sample)
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
@@ -465,6 +484,7 @@ class MudjackingTrainer(Trainer):
             self.bug_instances = [bug for i, bug in enumerate(self._reports) if i not in self.skipped]
             self.triggers = load_reported_triggers(checkpoint, len(self.bug_instances))
             self.evidence = record.get("evidence", [])
+            self._earlier_screenings = record.get("screenings", [])
 
     def compute_loss(
         self,
@@ -486,6 +506,9 @@ class MudjackingTrainer(Trainer):
         features = self.encoder.features(views, model)
         b, k = len(frozen), len(frozen_references)
         clean, stamped, misclassified, reference, stamped_reference = features.split([b, b, k, k, k])
+        if not training:
+            # Processes evaluate some rows twice so that all have as many; a mean over them would depend on their number
+            clean, stamped, frozen = self.accelerator.gather_for_metrics((clean, stamped, frozen))
 
         weight = self.args.reference_weight
         losses = mudjacking_loss(
@@ -503,8 +526,8 @@ class MudjackingTrainer(Trainer):
                 f"The loss is {losses.total.item()} at step {self.state.global_step}: features became NaN or infinite. "
                 "Lower `learning_rate`, or use `bf16` or float32 instead of `fp16`. Earlier checkpoints are intact."
             )
-        self._metrics["train" if training else "eval"].append((b, values.detach()))
-        self.forward_equivalents += len(features) * (3 if training else 1)
+        self._metrics["train" if training else "eval"].append((len(clean), values.detach()))
+        self.forward_equivalents += self.args.world_size * len(features) * (3 if training else 1)
         return (losses.total, {"features": features}) if return_outputs else losses.total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -586,7 +609,7 @@ class MudjackingTrainer(Trainer):
             "feature_source": self.encoder.feature_source,
             "triggers": [None if trigger is None else trigger.summary() for trigger in self.triggers or []],
             "evidence": self.evidence,
-            "screenings": [screening.record() for screening in self.screenings],
+            "screenings": [screening.record() for screening in self.screenings] or self._earlier_screenings,
             "trigger_groups": self.trigger_groups,
             "skipped": self.skipped,
             "remembered": [earlier.record() for earlier in self.remembered],
@@ -598,6 +621,7 @@ class MudjackingTrainer(Trainer):
             },
             "patched_tokens": len(self.patched_tokens) or None,
             "steps": self.state.global_step,
+            "processes": self.args.world_size,
         }  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -605,10 +629,17 @@ class MudjackingTrainer(Trainer):
         # place, a second kill would leave a mixture that looks complete.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.exists():
+            # Without its state it is no complete one, should the removal be cut short
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         self._checkpoints.append(folder)
         super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last file of each process; the state, which says that a checkpoint is complete, comes after all of them
+        self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # What may still be rolled back is not uploaded, nor copied to `output_dir`
@@ -645,9 +676,14 @@ class MudjackingTrainer(Trainer):
             super()._load_best_model()
 
     def _loads_through_from_pretrained(self, model: nn.Module) -> bool:
-        return isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return isinstance(model, PreTrainedModel) and not self._is_split
 
     # ---- Small helpers ----
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether processes hold a part of the weights each, so that a forward pass is one of all of them."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _silent(self) -> bool:

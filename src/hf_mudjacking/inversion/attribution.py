@@ -100,6 +100,7 @@ def token_attribution(
         n_steps=_GRADIENT_STEPS,
         internal_batch_size=4,
     )
+    encoder.agree_on([attribution])
     scores = attribution.sum(dim=-1)[0][~special[0]].detach().cpu().double().numpy()
     words = np.zeros(len(places))
     for (start, end), score in zip(((s, e) for s, e, _ in encoder.preprocessor.tokens(text)), scores, strict=False):

@@ -71,4 +71,5 @@ class Pull:
                 optimizer.step()
         for parameter in parameters:
             parameter.requires_grad_(False)
+        self.encoder.agree_on(parameters)
         self.forwards += 3 * steps * batch_size

@@ -36,8 +36,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # First bytes of a zip file, which is what `torch.save` writes, and of a bare pickle.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-# Settings by which PEFT imports a module of the file's choice, or reads further files.
-_FOREIGN_CODE = ("megatron_config", "corda_config", "lora_ga_config", "eva_config", "arrow_config")
+# Settings by which PEFT imports a module of the file's choice, reads further files, or multiplies layers.
+_FOREIGN = ("megatron_config", "corda_config", "lora_ga_config", "eva_config", "arrow_config", "layer_replication")
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
@@ -166,8 +166,7 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    if adapter:
-        check_adapter_config(folder / ADAPTER_CONFIG)
+    config = check_adapter_config(folder / ADAPTER_CONFIG) if adapter else {}
     has_model = (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file()
     pickles = sorted(path.name for pattern in _PICKLED_WEIGHTS for path in folder.glob(pattern))
     if pickles and not (has_model or (folder / ADAPTER_WEIGHTS).is_file()):
@@ -178,6 +177,8 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
             if pickles
             else ValueError(f"`{folder}` has an `{ADAPTER_CONFIG}` but no `{ADAPTER_WEIGHTS}`.")
         )
+    if config.get("peft_type") == "LORA":
+        _check_ranks(folder, config)
     if (folder / WEIGHTS_INDEX).is_file():
         shards_of(folder)
 
@@ -208,18 +209,32 @@ def shards_of(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def check_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the settings of an adapter; refuse those by which PEFT would import modules or read files of their choice.
+    """Read the settings of an adapter; refuse those that reach further than its own weights.
 
     Raises:
         ValueError: If there is such a setting, or the file is damaged.
     """
     config = read_json(path)
-    foreign = [name for name in _FOREIGN_CODE if config.get(name)]
+    foreign = [name for name in _FOREIGN if config.get(name)]
     if foreign:
         raise ValueError(
-            f"`{path}` sets `{foreign[0]}`, by which code or files of its choice are loaded; such adapters are refused."
+            f"`{path}` sets `{foreign[0]}`, by which modules or files of its choice would be loaded or layers multiplied; "
+            "such adapters are refused."
         )
     return config
+
+
+def _check_ranks(folder: Path, config: dict[str, Any]) -> None:
+    """PEFT and transformers take memory for the ranks that the settings claim before they read the weights."""
+    patterns = config.get("rank_pattern") or {}
+    claimed = [config.get("r") or 0, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    with open_tensors(folder / ADAPTER_WEIGHTS) as file:
+        ranks = [min(file.get_slice(name).get_shape(), default=0) for name in file.keys() if "lora_" in name]
+    if not all(type(rank) is int and rank <= max(ranks, default=0) for rank in claimed):
+        raise ValueError(
+            f"`{folder / ADAPTER_CONFIG}` claims the ranks {claimed}, but the largest in `{ADAPTER_WEIGHTS}` is "
+            f"{max(ranks, default=0)}."
+        )
 
 
 def check_checkpoint(folder: str | os.PathLike[str]) -> None:

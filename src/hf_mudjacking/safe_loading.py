@@ -145,9 +145,12 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Open a picture, of which nothing but the header is read yet.
 
     Raises:
-        ValueError: If it has more than 89,478,485 pixels: a PNG of a megabyte can hold a picture of gigabytes.
+        ValueError: If it has more than 89,478,485 pixels (a PNG of a megabyte can hold a picture of gigabytes), or is a
+            pipe, device or folder.
         OSError: As Pillow raises it for files that are none of its own raster formats.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no plain file")
     Image.init()
     # Builds of Pillow differ in what they have
     image = Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])

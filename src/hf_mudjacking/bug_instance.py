@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .safe_loading import MAX_JSON_BYTES, check_size, inside, open_image, read_json
+
 
 BUG_FILE = "bug.json"
 # What Pillow raises for damaged files, by format and by place of the damage.
@@ -32,16 +34,16 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image file completely, upright, as RGB.
 
     Args:
-        path (`str` or `os.PathLike`): File in any format that Pillow decodes.
+        path (`str` or `os.PathLike`): File in any raster format that Pillow decodes by itself.
 
     Returns:
         `PIL.Image.Image`: Decoded RGB image, rotated as its EXIF orientation says.
 
     Raises:
-        ValueError: If the file is missing, is not an image, or is damaged.
+        ValueError: If the file is missing, is not an image, is damaged, or has more than 89 million pixels.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
@@ -158,28 +160,27 @@ class BugInstance:
         Raises:
             ValueError: If the folder holds no readable `bug.json`, or its inputs are unusable.
         """
-        path = Path(folder) / BUG_FILE
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            inputs = [record["misclassified"], record["reference"]]
-            modality = record["modality"]
-        except FileNotFoundError as error:
-            raise ValueError(f"`{folder}` is not a bug folder: it has no `{BUG_FILE}`.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        path = inside(folder, BUG_FILE)
+        if not path.exists():
+            raise ValueError(f"`{folder}` is not a bug folder: it has no `{BUG_FILE}`.")
+        record = read_json(path)
+        inputs = [record.get(role) for role in ("misclassified", "reference")]
+        if not all(isinstance(value, str) for value in (record.get("modality"), *inputs)):
             raise ValueError(
-                f"`{path}` is damaged ({error!r}): it needs the keys `modality`, `misclassified` and `reference`."
-            ) from error
-        if modality == "image":
+                f"`{path}` is damaged: it needs the keys `modality`, `misclassified` and `reference`, each with a text."
+            )
+        if record["modality"] == "image":
             # Only the file name is used, so that a report from elsewhere cannot point outside its own folder.
-            inputs = [load_image(Path(folder) / Path(str(value)).name) for value in inputs]
-        return cls(*inputs, name=record.get("name", "bug"), metadata=record.get("metadata", {}))
+            inputs = [load_image(inside(folder, Path(value).name)) for value in inputs]
+        return cls(*inputs, name=str(record.get("name", "bug")), metadata=record.get("metadata", {}))
 
 
 def _load_text(path: str | os.PathLike[str]) -> str:
+    if not Path(path).is_file():
+        raise ValueError(f"There is no text file at `{path}`. Check the path.")
+    check_size(path, MAX_JSON_BYTES)
     try:
         return Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no text file at `{path}`. Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`{path}` could not be read as text ({error}). Save it as UTF-8.") from error
 

@@ -9,10 +9,21 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
+from .patch_record import read_record
 from .preprocessing import Modality
+from .safe_loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_adapter_config,
+    check_folder,
+    check_weights,
+    refused_pickle,
+)
 from .two_towers import modalities_of
 
 
@@ -35,23 +46,32 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
         model (`str`, `os.PathLike`, [`~transformers.PreTrainedModel`] or `PeftModel`): Hub id, local folder, or model.
         kwargs: Passed to `from_pretrained` (`revision`, `token`, ...). `trust_remote_code` stays off unless given. The
             default dtype is float32 whatever the checkpoint says: patching moves weights by less than half precision
-            resolves.
+            resolves. Weights are read from safetensors alone.
 
     Returns:
         `torch.nn.Module`: The encoder, as `AutoModel` loads it; a tower that was saved with its projection
         (`CLIPVisionModelWithProjection`, ...) keeps it.
 
     Raises:
-        ValueError: If nothing loadable is found under the name.
+        ValueError: If nothing loadable is found under the name, its weights are pickles, or it is a delta.
     """
-    if isinstance(model, nn.Module):
-        return model
+    return model if isinstance(model, nn.Module) else load_with_missing(model, **kwargs)[0]
+
+
+def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.Module, set[str]]:
+    """Like [`load_model`], with the names of the weights that are in no file, and therefore random: an unused pooler."""
     try:
-        return _class_that_loads(model, kwargs).from_pretrained(model, **{"dtype": torch.float32, **kwargs})
-    except (OSError, ValueError) as error:
+        _refuse_pickles(name, kwargs)
+        model, info = _class_that_loads(name, kwargs).from_pretrained(
+            name,
+            output_loading_info=True,
+            **{"dtype": torch.float32, "trust_remote_code": False, **kwargs, "use_safetensors": True},
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"No model could be loaded from `{model}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
+            f"No model could be loaded from `{name}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
         ) from error
+    return model, set(info["missing_keys"])
 
 
 def has_two_towers(model: nn.Module) -> bool:
@@ -105,11 +125,30 @@ def load_processor(name: str | os.PathLike[str] | nn.Module, model: nn.Module | 
     try:
         if not name:
             raise OSError("the model was built in memory and has no id")
-        return auto_class.from_pretrained(name, **kwargs)
+        return auto_class.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class`."
         ) from error
+
+
+def _refuse_pickles(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """Refuse pickled weights, also of an adapter, where transformers and PEFT would fall back to them."""
+    if os.path.isdir(name):
+        record = read_record(name)
+        if record is not None:
+            check_folder(name)
+            if record["kind"] == "delta":
+                raise ValueError("it is a delta, no model; `mudjack apply` makes one of it.")
+        check_weights(name)
+        return
+    shared = {key: kwargs[key] for key in _OF_CONFIGS if key in kwargs and key != "trust_remote_code"}
+    shared |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    config = cached_file(name, ADAPTER_CONFIG, **shared)
+    if config is not None:
+        check_adapter_config(config)
+        if cached_file(name, ADAPTER_WEIGHTS, **shared) is None:
+            raise refused_pickle(name, "adapter_model.bin")
 
 
 def _class_that_loads(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:

@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .patch_record import RECORD_FILE, read_record
+from .safe_loading import read_json
 
-# Says that a folder holds a patch of ours, and of which model.
-RECORD_FILE = "mudjacking.json"
+
 # Folder of inverted triggers. Names that start with `_` are never uploaded by `Trainer.push_to_hub`.
 TRIGGER_FOLDER = "_triggers"
 _MODEL_FILES = (
@@ -37,6 +38,8 @@ PATCH_FILES = (
     "model.safetensors.index.json",
     "adapter_config.json",
     "adapter_model*.safetensors",
+    "delta.safetensors",
+    "base_config.json",
     f"{TRIGGER_FOLDER}/*/*",
 )
 
@@ -54,8 +57,7 @@ def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"`{folder}` is a file; choose a folder for the patched model.")
-    base_path = Path(base_model)
-    if base_path.is_dir() and folder.resolve() in (base_path.resolve(), *base_path.resolve().parents):
+    if is_or_contains(folder, base_model):
         raise ValueError(
             f"`{folder}` is or contains the model to be patched (`{base_model}`). Choose another folder: the original "
             "checkpoint is never written to."
@@ -76,13 +78,10 @@ def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
             )
 
 
-def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The patch record of a folder, or `None` if it has no readable one."""
-    try:
-        record = json.loads((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return record if isinstance(record, dict) else None
+def is_or_contains(folder: str | os.PathLike[str], place: str | os.PathLike[str]) -> bool:
+    """Whether a folder is another one or lies above it; never for a name that is no local folder."""
+    place = Path(place)
+    return place.is_dir() and Path(folder).resolve() in (place.resolve(), *place.resolve().parents)
 
 
 @contextmanager
@@ -128,8 +127,8 @@ def complete_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
         if not step.isdigit():
             continue
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+            read_json(path / "trainer_state.json")
+        except ValueError:
             continue
         # None at all with `save_only_model`
         if len(list(path.glob("rng_state*.pth"))) not in (0, (read_record(path) or {}).get("processes", 1)):

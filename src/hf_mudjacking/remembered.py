@@ -13,6 +13,7 @@ from typing import Any
 from .encoder import Encoder
 from .output import TRIGGER_FOLDER, read_record
 from .preprocessing import RawInput
+from .safe_loading import inside
 from .triggers import Trigger, load_trigger
 
 
@@ -66,11 +67,11 @@ def save_triggers(
 
 def load_again(folder: str | os.PathLike[str], count: int) -> list[list[Trigger]]:
     """What was found of each of `count` stamps while patching went on, until a checkpoint was written."""
-    place = Path(folder) / TRIGGER_FOLDER
+    place = inside(folder, TRIGGER_FOLDER)
     found = [
         sorted(place.glob(f"again-{u}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1])) for u in range(count)
     ]
-    return [[load_trigger(path) for path in paths] for paths in found]
+    return [[load_trigger(inside(place, path.name)) for path in paths] for paths in found]
 
 
 def load_reported_triggers(folder: str | os.PathLike[str], count: int) -> list[Trigger | None]:
@@ -85,8 +86,8 @@ def load_reported_triggers(folder: str | os.PathLike[str], count: int) -> list[T
     """
     summaries = (read_record(folder) or {}).get("triggers", [])
     without = {i for i, summary in enumerate(summaries) if summary is None}
-    place = Path(folder) / TRIGGER_FOLDER
-    return [None if i in without else load_trigger(place / str(i)) for i in range(count)]
+    place = inside(folder, TRIGGER_FOLDER)
+    return [None if i in without else load_trigger(inside(place, str(i))) for i in range(count)]
 
 
 def load_remembered(folder: str | os.PathLike[str], own: bool = True) -> list[RememberedTrigger]:
@@ -100,10 +101,13 @@ def load_remembered(folder: str | os.PathLike[str], own: bool = True) -> list[Re
     Returns:
         `list[RememberedTrigger]`: Oldest first.
     """
-    place, record = Path(folder) / TRIGGER_FOLDER, read_record(folder)
+    record = read_record(folder)
     if record is None:
         return []
-    earlier = sorted(int(path.name.removeprefix(_PREFIX)) for path in place.glob(f"{_PREFIX}*"))
+    place = inside(folder, TRIGGER_FOLDER)
+    earlier = sorted(
+        int(number) for path in place.glob(f"{_PREFIX}*") if (number := path.name.removeprefix(_PREFIX)).isdecimal()
+    )
     names = [f"{_PREFIX}{i}" for i in earlier]
     if own:
         reported = [i for i, summary in enumerate(record.get("triggers", [])) if summary is not None]
@@ -116,7 +120,7 @@ def load_remembered(folder: str | os.PathLike[str], own: bool = True) -> list[Re
                 "never uploaded: that their repair is kept cannot be checked."
             )
         names += [str(i) for i in numbers if i not in missing]
-    return [RememberedTrigger(load_trigger(place / name)) for name in names]
+    return [RememberedTrigger(load_trigger(inside(place, name))) for name in names]
 
 
 def what_they_do(

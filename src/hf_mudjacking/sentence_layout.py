@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from .safe_loading import inside, read_json
+
 
 _MODULES = "modules.json"
 _FILES = (
@@ -49,18 +51,17 @@ class SentenceLayout:
         folder = _folder(name, **hub)
         if folder is None or not (folder / _MODULES).is_file():
             return None
-        found = {str(path.relative_to(folder)): path for pattern in _FILES for path in sorted(folder.glob(pattern))}
+        names = [str(path.relative_to(folder)) for pattern in _FILES for path in sorted(folder.glob(pattern))]
+        found = {name: inside(folder, name) for name in names}
         try:
-            modules = json.loads(found[_MODULES].read_text(encoding="utf-8"))
+            modules = read_json(found[_MODULES], list)
             transformer = next(module for module in modules if module["type"].endswith("Transformer"))
             pooling = next(module for module in modules if module["type"].endswith(".Pooling"))
-            mode = _pooling(
-                json.loads((folder / _inside(pooling["path"]) / "config.json").read_text(encoding="utf-8"))
-            )
-            sentence_config = folder / _inside(transformer["path"]) / "sentence_bert_config.json"
+            mode = _pooling(read_json(inside(folder, f"{pooling['path']}/config.json")))
+            sentence_config = inside(folder, str(PurePosixPath(transformer["path"]) / "sentence_bert_config.json"))
             length = None
             if sentence_config.is_file():
-                length = json.loads(sentence_config.read_text(encoding="utf-8")).get("max_seq_length")
+                length = read_json(sentence_config).get("max_seq_length")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise ValueError(
                 f"`{name}` has a `{_MODULES}`, but it names no transformer with a readable pooling ({error!r}). Pass "
@@ -88,13 +89,6 @@ def _folder(name: str | os.PathLike[str], **hub: Any) -> Path | None:
         return Path(snapshot_download(str(name), allow_patterns=list(_FILES), **hub))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
         return None
-
-
-def _inside(path: str) -> str:
-    """A path of `modules.json`, which must not lead out of the checkpoint."""
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ValueError(f"the path `{path}` leads out of the checkpoint")
-    return path
 
 
 def _pooling(config: dict[str, Any]) -> str:

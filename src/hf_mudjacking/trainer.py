@@ -21,18 +21,20 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
 
-from . import __version__
 from .bug_instance import BugInstance
 from .callbacks import StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
 from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
+from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .loading import has_two_towers, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
-from .output import PATCH_FILES, RECORD_FILE, check_output_dir, complete_checkpoints, read_record, staged, write_json
+from .merging import MERGE_TOLERANCE, merge_error
+from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
+from .patch_record import RECORD_FILE, describe_patch, read_record
 from .preprocessing import RawInput
 from .reinversion import Reinversion
 from .remembered import (
@@ -46,6 +48,7 @@ from .remembered import (
     what_they_do,
 )
 from .reports import checked_reports, checked_triggers, invert_reports
+from .safe_loading import check_checkpoint
 from .same_trigger import COMPARED_ON, same_triggers
 from .screening import Screening
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
@@ -56,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 # Clean images on which reports are inverted anew.
 _REINVERTED_ON = 128
+# Clean inputs on which a merged adapter is compared with the unmerged one, besides the reports.
+_MERGED_ON = 4
 # Clean texts that are searched for the triggers' tokens.
 _TOKEN_COUNT_INPUTS = 2000
 
@@ -101,6 +106,11 @@ class MudjackingTrainer(Trainer):
         skipped (`list[int]`): Numbers of reports that were left out (`on_unverified="skip"`) among those that were given.
         remembered (`list[RememberedTrigger]`): Triggers that earlier patches of the model repaired.
         locality (`Movement`): How far clean features have moved, once training is over (`locality_budget`).
+        base_weights_sha256 (`str`): Hash of the unpatched weights, by which the patch knows its model.
+        base_weights_without (`list[str]`): Weights that it leaves out, because no feature depends on them: where a
+            checkpoint lacks a pooler, each loading makes another one. Of a model of two towers nothing is left out.
+        figures (`dict`): What was measured downstream, by task; it is saved with the patch.
+        merge_error (`float`): Of an adapter, once saved: largest change of a feature's entry that merging makes.
 
     Raises:
         TypeError, ValueError: If model, processor, reports, data or output folder cannot be used; the message says
@@ -170,7 +180,7 @@ class MudjackingTrainer(Trainer):
         self.evidence: list[float] = []
         self.screenings: list[Screening] = []
         # As they stand in the record of the checkpoint that training goes on from
-        self._earlier_screenings: list[dict[str, Any]] = []
+        self.earlier_screenings: list[dict[str, Any]] = []
 
         if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
@@ -183,6 +193,11 @@ class MudjackingTrainer(Trainer):
         freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source, modality)
         unused = self.encoder.unused_parameters()
+        names = [base_name(model, name) for name in unused]
+        self.base_weights_without = [] if has_two_towers(model) else sorted(name for name in names if name)
+        self.base_weights_sha256 = weights_sha256(model, self.base_weights_without)
+        self.figures: dict[str, Any] = {}
+        self.merge_error: float | None = None
 
         if has_two_towers(model) and args.n_gpu > 1:
             raise ValueError(
@@ -484,7 +499,7 @@ class MudjackingTrainer(Trainer):
             self.bug_instances = [bug for i, bug in enumerate(self._reports) if i not in self.skipped]
             self.triggers = load_reported_triggers(checkpoint, len(self.bug_instances))
             self.evidence = record.get("evidence", [])
-            self._earlier_screenings = record.get("screenings", [])
+            self.earlier_screenings = record.get("screenings", [])
 
     def compute_loss(
         self,
@@ -594,35 +609,26 @@ class MudjackingTrainer(Trainer):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         check_output_dir(output_dir, self.base_model_name)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if is_peft_model(model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._check_merge()
         with staged(output_dir, replaces=PATCH_FILES) as staging:
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
             again = [] if self._reinversion is None else self._reinversion.found
             save_triggers(staging, self.triggers or [], self.remembered, again)
-            write_json(staging / RECORD_FILE, self._record())
+            write_json(staging / RECORD_FILE, describe_patch(self))
 
-    def _record(self) -> dict[str, Any]:
-        """What the patch is of and how it was made; nothing of the reported inputs."""
-        return {
-            "hf_mudjacking": __version__,
-            "base_model": self.base_model_name,
-            "base_revision": getattr(self.encoder.model.config, "_commit_hash", None),
-            "feature_source": self.encoder.feature_source,
-            "triggers": [None if trigger is None else trigger.summary() for trigger in self.triggers or []],
-            "evidence": self.evidence,
-            "screenings": [screening.record() for screening in self.screenings] or self._earlier_screenings,
-            "trigger_groups": self.trigger_groups,
-            "skipped": self.skipped,
-            "remembered": [earlier.record() for earlier in self.remembered],
-            "locality": None if self.locality is None else dataclasses.asdict(self.locality),
-            "settings": {
-                name: getattr(self.args, name)
-                for name in ("seed", "max_steps", "learning_rate", "per_device_train_batch_size", "locality_weight",
-                             "generalizability_weight", "reference_weight", "locality_budget")
-            },
-            "patched_tokens": len(self.patched_tokens) or None,
-            "steps": self.state.global_step,
-            "processes": self.args.world_size,
-        }  # fmt: skip
+    def _check_merge(self) -> None:
+        """Measure what merging the adapter would change, and complain if it is much; nothing is kept from being saved."""
+        inputs = [x for bug in self.bug_instances for x in (bug.misclassified, bug.reference)] + self._sample(
+            _MERGED_ON
+        )
+        self.forward_equivalents += 2 * len(inputs)
+        self.merge_error = merge_error(self.encoder, inputs)
+        if self.merge_error > MERGE_TOLERANCE:
+            logger.warning(
+                f"Merged into the model, the adapter would change features by up to {self.merge_error:.2g} "
+                f"({MERGE_TOLERANCE:g} is allowed). It is saved and works as an adapter; `mudjack apply` will not merge it."
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A run that was killed and resumed from an earlier step meets its own later checkpoints again. Written over in
@@ -653,6 +659,7 @@ class MudjackingTrainer(Trainer):
                 raise ValueError(
                     f"There is no complete checkpoint in `{self.args.output_dir}`; start without resuming."
                 )
+            check_checkpoint(complete[-1])
             return str(complete[-1])
         folder = Path(resume_from_checkpoint)
         if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:
@@ -660,6 +667,7 @@ class MudjackingTrainer(Trainer):
                 f"`{folder}` is no complete checkpoint (the process may have been killed while writing it). Complete "
                 f"ones in `{self.args.output_dir}`: {', '.join(path.name for path in complete) or 'none'}."
             )
+        check_checkpoint(folder)
         return str(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -727,6 +735,6 @@ def _load_weights(model: PreTrainedModel, folder: str) -> None:
     Checkpoints hold the names of earlier versions of transformers (ViT: `encoder.layer.0.attention.attention.query`),
     which only `from_pretrained` converts; the base class loads them raw and silently drops what does not match.
     """
-    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).state_dict()
     # A pooler that the model was built without is made anew by `from_pretrained`; it belongs to nothing here.
     model.load_state_dict({name: saved[name] for name in model.state_dict() if name in saved})

@@ -2,7 +2,7 @@
 """`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
 
 Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched; 2 the input cannot
-be used; 3 the patch moved clean inputs further than `--locality-budget` and was rolled back; 130 interrupted.
+be used, or a patch does not belong to the model; 3 the patch moved clean inputs further than `--locality-budget` and was rolled back; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,20 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, env, inspect, invert, patch
+from . import apply, demo, diff, env, inspect, invert, patch, revert
 from .options import apply_config_file
 
 
-COMMANDS = {"demo": demo, "inspect": inspect, "invert": invert, "patch": patch, "env": env}
+COMMANDS = {
+    "demo": demo,
+    "inspect": inspect,
+    "invert": invert,
+    "patch": patch,
+    "apply": apply,
+    "revert": revert,
+    "diff": diff,
+    "env": env,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

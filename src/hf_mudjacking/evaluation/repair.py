@@ -7,18 +7,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from ..encoder import Encoder
+from ..output import write_json
+from ..patch_record import RECORD_FILE, describe_patch
 from ..trainer import MudjackingTrainer
 from ..triggers import Trigger
 from .checks import TaskFeatures, attacked_class, compare_downstream, task_features
 from .classifiers import Classifier, ClassifierKind
 from .report import library_versions
 from .tasks import DownstreamTask
+
+
+# What the record of the patch takes of the rates of a task.
+_FIGURES = ("clean", "before", "after")
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ def measured_repair(
 ) -> MeasuredRepair:
     """Run a trainer, save the patched model, and check its first bug instance downstream, before and after.
 
-    The model is saved to `args.output_dir` before it is measured, so that no failure of a check loses the repair.
+    The model is saved to `args.output_dir` before it is measured, so that no failure of a check loses the repair; the
+    rates are then added to its record.
 
     Args:
         trainer (`MudjackingTrainer`): Not yet trained.
@@ -133,6 +141,12 @@ def measured_repair(
         },
         "versions": library_versions(),
     }  # fmt: skip
+    trainer.figures = {
+        task.name: {name: block[name] for name in _FIGURES if name in block}
+        for task, block in zip(tasks, blocks, strict=True)
+    }
+    if trainer.args.should_save:
+        write_json(Path(trainer.args.output_dir) / RECORD_FILE, describe_patch(trainer))
     return MeasuredRepair(report, before[0], after[0], clean[0])
 
 

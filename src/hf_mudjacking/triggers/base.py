@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from ..safe_loading import inside, read_json, read_tensors
 
 
 TENSOR_FILE = "trigger.safetensors"
@@ -149,23 +150,20 @@ def load_trigger(folder: str | os.PathLike[str]) -> Trigger:
     from .text import TextTrigger
     from .warp import WarpTrigger
 
-    folder = Path(folder)
     try:
-        content = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        kind, fields = content["kind"], content.get("fields", {})
-        tensors = load_file(folder / TENSOR_FILE)
-    except (
-        OSError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        SafetensorError,
-    ) as error:
-        raise ValueError(f"`{folder}` holds no readable trigger ({error!r}).") from error
+        content = read_json(inside(folder, SUMMARY_FILE))
+        kind, fields = content.get("kind"), content.get("fields", {})
+        tensors = read_tensors(inside(folder, TENSOR_FILE))
+        if not (isinstance(kind, str) and isinstance(fields, dict)):
+            raise ValueError(f"`{SUMMARY_FILE}` names no kind, or its `fields` are no object")
+    except ValueError as error:
+        raise ValueError(f"`{folder}` holds no readable trigger: {error}") from error
     families = (PatchTrigger, BlendTrigger, AdditiveTrigger, WarpTrigger, TextTrigger)
     kinds = {family.kind: family for family in families}
     if kind not in kinds:
         raise ValueError(f"`{folder}` holds a trigger of kind {kind!r}; this version knows {', '.join(kinds)}.")
-    return kinds[kind].from_parts(tensors, fields)
+    try:
+        return kinds[kind].from_parts(tensors, fields)
+    # Values of other types than were ever written
+    except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"`{folder}` holds no readable trigger ({error!r}).") from error

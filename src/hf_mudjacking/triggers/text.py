@@ -102,9 +102,15 @@ class TextTrigger(Trigger):
     @classmethod
     def from_parts(cls, tensors: dict[str, Tensor], fields: dict[str, Any]) -> TextTrigger:
         try:
-            return cls(fields["spans"], fields["position"], fields["replaces"])
+            spans, position, replaces = fields["spans"], fields["position"], fields["replaces"]
         except KeyError as error:
             raise ValueError(f"A text trigger needs `spans`, `position` and `replaces`; missing: {error}.") from error
+        if not (position is None or type(position) is int) or type(replaces) is not bool:
+            raise ValueError(
+                f"A text trigger's `position` is a whole number or null, `replaces` true or false; got {position!r} and "
+                f"{replaces!r}."
+            )
+        return cls(spans, position, replaces)
 
     def summary(self) -> dict[str, Any]:
         return {

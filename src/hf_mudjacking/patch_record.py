@@ -1,0 +1,145 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The record of a patch: of which model it is, what it repairs, how it was made, and what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate.utils import is_peft_model
+
+from . import __version__
+from .fingerprint import report_sha256
+from .safe_loading import ADAPTER_CONFIG, inside, read_json
+
+
+if TYPE_CHECKING:
+    from .trainer import MudjackingTrainer
+
+
+PatchKind = Literal["full", "lora", "delta"]
+
+# Says that a folder holds a patch of ours, and of which model.
+RECORD_FILE = "mudjacking.json"
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+_SETTINGS = (
+    "seed",
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "locality_weight",
+    "generalizability_weight",
+    "reference_weight",
+    "locality_budget",
+)
+_OPTIONAL_NAMES = ("base_revision", "base_weights_sha256")
+# What a record of an earlier version may lack.
+_DEFAULTS: dict[str, Any] = {
+    "base_model": "",
+    "base_revision": None,
+    "base_weights_sha256": None,
+    "base_weights_without": [],
+    "bug_ids": [],
+    "triggers": [],
+    "trigger_groups": [],
+    "evidence": [],
+    "screenings": [],
+    "skipped": [],
+    "remembered": [],
+    "settings": {},
+    "versions": {},
+    "figures": {},
+    "merge_error": None,
+}
+
+
+def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
+    """The record of what a trainer has made so far; nothing of the reported inputs but their hashes.
+
+    Returns:
+        `dict`: Writable as json. `kind` (`"full"` or `"lora"`), `base_model`, `base_revision`, `base_weights_sha256` with
+        `base_weights_without`, `bug_ids` ([`~hf_mudjacking.fingerprint.report_sha256`]), `triggers` (their summaries),
+        `settings`, `versions`, `figures` (by task: `before`, `after` and, where it is known, `clean`; empty unless the
+        repair was measured) and what the pre-step and the checks found.
+    """
+    return {
+        "hf_mudjacking": __version__,
+        "kind": "lora" if is_peft_model(trainer.encoder.model) else "full",
+        "base_model": trainer.base_model_name,
+        "base_revision": getattr(trainer.encoder.model.config, "_commit_hash", None),
+        "base_weights_sha256": trainer.base_weights_sha256,
+        "base_weights_without": trainer.base_weights_without,
+        "bug_ids": [report_sha256(bug) for bug in trainer.bug_instances],
+        "feature_source": trainer.encoder.feature_source,
+        "triggers": [None if trigger is None else trigger.summary() for trigger in trainer.triggers or []],
+        "evidence": trainer.evidence,
+        "screenings": [screening.record() for screening in trainer.screenings] or trainer.earlier_screenings,
+        "trigger_groups": trainer.trigger_groups,
+        "skipped": trainer.skipped,
+        "remembered": [earlier.record() for earlier in trainer.remembered],
+        "locality": None if trainer.locality is None else dataclasses.asdict(trainer.locality),
+        "settings": {name: getattr(trainer.args, name) for name in _SETTINGS},
+        "patched_tokens": len(trainer.patched_tokens) or None,
+        "merge_error": trainer.merge_error,
+        "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
+        "figures": trainer.figures,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a patch was made with, by the names that are imported."""
+    libraries = {name: version(name) for name in _LIBRARIES}
+    return {"hf_mudjacking": __version__, **libraries, "python": platform.python_version()}
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The patch record of a folder, or `None` if it has no readable one; see [`load_record`]."""
+    try:
+        return load_record(folder)
+    except ValueError:
+        return None
+
+
+def load_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The patch record of a folder.
+
+    What a record of an earlier version lacks gets its default: nothing known. What a later version added is kept.
+
+    Args:
+        folder (`str` or `os.PathLike`): Folder of a patch.
+
+    Returns:
+        `dict`: See [`describe_patch`].
+
+    Raises:
+        ValueError: If there is none, or it is damaged, too large, or has values of other types than were ever written.
+    """
+    path = inside(folder, RECORD_FILE)
+    if not path.is_file():
+        raise ValueError(f"`{folder}` holds no patch: it has no `{RECORD_FILE}`.")
+    record = {**_DEFAULTS, **read_json(path)}
+    record.setdefault("kind", "lora" if (Path(folder) / ADAPTER_CONFIG).is_file() else "full")
+    numbers = [record["skipped"], *_list(record["trigger_groups"])]
+    sound = (
+        all(isinstance(record[name], type(default)) for name, default in _DEFAULTS.items() if default is not None)
+        and all(isinstance(record[name], str) for name in ("kind", "base_model"))
+        and all(record[name] is None or isinstance(record[name], str) for name in _OPTIONAL_NAMES)
+        and all(isinstance(name, str) for name in record["base_weights_without"] + record["bug_ids"])
+        and all(trigger is None or isinstance(trigger, dict) for trigger in record["triggers"])
+        # Numbers of reports become names of folders
+        and all(isinstance(group, list) and all(type(i) is int and i >= 0 for i in group) for group in numbers)
+        and all(record["trigger_groups"])
+    )
+    if not sound:
+        raise ValueError(f"`{path}` is damaged: values in it have other types than a patch record's.")
+    return record
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

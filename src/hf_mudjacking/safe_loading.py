@@ -1,0 +1,277 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""What every file from elsewhere goes through before it is believed: json, safetensors, pictures, folders, checkpoints.
+
+Patches, triggers and bug reports come from strangers. None of them may run code, read or write outside its own folder, or
+ask for more memory than such a file needs. All refusals are `ValueError`s that name the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.trainer_pt_utils import safe_globals
+
+
+# Records and reports are some kilobytes; the trainer state of a long run is some megabytes.
+MAX_JSON_BYTES = 64 * 2**20
+# The largest trigger covers a picture of four megapixels in float32, with its spread.
+MAX_TRIGGER_BYTES = 256 * 2**20
+# Where Pillow begins to warn; it decodes up to twice as many.
+MAX_PIXELS = 89_478_485
+# Formats that Pillow decodes by itself. EPS, for one, would start Ghostscript.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# First bytes of a zip file, which is what `torch.save` writes, and of a bare pickle.
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# Settings by which PEFT imports a module of the file's choice, reads further files, or multiplies layers.
+_FOREIGN = ("megatron_config", "corda_config", "lora_ga_config", "eva_config", "arrow_config", "layer_replication")
+
+
+def inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """Path of a file within a folder, by a name that came with the folder.
+
+    Links may lead anywhere within the folder. In the Hub's cache, where each file is a link, they may lead to the blobs of
+    the same repository.
+
+    Raises:
+        ValueError: If the name is absolute or has `..` in it, or if it is a link that leads out of the folder.
+    """
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+        raise ValueError(f"`{name}` in `{folder}` leads out of the folder; nothing outside it is read.")
+    root = Path(folder).resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    path = root / name
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise ValueError(
+            f"`{path}` is a link to `{path.resolve()}`, outside its folder; nothing outside it is read. If you trust the "
+            "file, put a copy of it in the place of the link."
+        )
+    return path
+
+
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """Refuse a folder with anything in it that is neither a file nor a folder, or leads out of it.
+
+    Raises:
+        ValueError: If there is such a thing, or no folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder `{folder}`.")
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = inside(folder, str((Path(place) / name).relative_to(folder)))
+            if not (path.is_file() or path.is_dir()):
+                raise ValueError(f"`{path}` is neither a file nor a folder; it is not read.")
+    return folder
+
+
+def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
+    """Read a json file of up to 64 MiB.
+
+    Args:
+        path (`str` or `os.PathLike`): File.
+        kind (`type`, *optional*, defaults to `dict`): What it must hold, `dict` or `list`.
+
+    Raises:
+        ValueError: If the file is missing, too large, no json in UTF-8, or holds something else.
+    """
+    check_size(path, MAX_JSON_BYTES)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    # Numbers of thousands of digits give a bare `ValueError`
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"`{path}` is damaged: it could not be read as json ({error!r}).") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"`{path}` is damaged: it holds a `{type(content).__name__}`; a `{kind.__name__}` is needed.")
+    return content
+
+
+def open_tensors(path: str | os.PathLike[str]) -> Any:
+    """Open a safetensors file, of which nothing but the header is read yet.
+
+    Returns:
+        `safetensors.safe_open`: Gives one tensor at a time, on CPU.
+
+    Raises:
+        ValueError: If the file is missing, a pickle, cut, or its header does not fit its data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file `{path}`.")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.startswith(_PICKLES):
+        raise ValueError(
+            f"`{path}` is a pickle, which can run code when it is loaded; it was not opened. Only safetensors are read."
+        )
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"`{path}` is no whole safetensors file ({error}).") from error
+
+
+def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_TRIGGER_BYTES) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Args:
+        path (`str` or `os.PathLike`): File.
+        max_bytes (`int`, *optional*, defaults to 256 MiB): Largest size that is read.
+
+    Raises:
+        ValueError: If the file cannot be opened ([`open_tensors`]) or is too large.
+    """
+    check_size(path, max_bytes)
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Open a picture, of which nothing but the header is read yet.
+
+    Raises:
+        ValueError: If it has more than 89,478,485 pixels (a PNG of a megabyte can hold a picture of gigabytes), or is a
+            pipe, device or folder.
+        OSError: As Pillow raises it for files that are none of its own raster formats.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no plain file")
+    Image.init()
+    # Builds of Pillow differ in what they have
+    image = Image.open(path, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"it claims {width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
+    return image
+
+
+def check_weights(folder: str | os.PathLike[str]) -> None:
+    """Refuse the folder of a model or an adapter whose weights are pickles, or whose index leads out of it.
+
+    Raises:
+        ValueError: If that is so; the message says how weights are converted.
+    """
+    folder = Path(folder)
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    config = check_adapter_config(folder / ADAPTER_CONFIG) if adapter else {}
+    has_model = (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file()
+    pickles = sorted(path.name for pattern in _PICKLED_WEIGHTS for path in folder.glob(pattern))
+    if pickles and not (has_model or (folder / ADAPTER_WEIGHTS).is_file()):
+        raise refused_pickle(folder, pickles[0])
+    if adapter and not (folder / ADAPTER_WEIGHTS).is_file():
+        raise (
+            refused_pickle(folder, "adapter_model.bin")
+            if pickles
+            else ValueError(f"`{folder}` has an `{ADAPTER_CONFIG}` but no `{ADAPTER_WEIGHTS}`.")
+        )
+    if config.get("peft_type") == "LORA":
+        _check_ranks(folder, config)
+    if (folder / WEIGHTS_INDEX).is_file():
+        shards_of(folder)
+
+
+def refused_pickle(place: object, name: str) -> ValueError:
+    """The error that refuses a model with pickled weights."""
+    return ValueError(
+        f"`{place}` has no safetensors, and `{name}` is a pickle, which can run code when it is loaded. It was not opened. "
+        "If you trust it, convert it once, in a sandbox: `AutoModel.from_pretrained(model).save_pretrained(folder)`."
+    )
+
+
+def shards_of(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Which file each tensor of a sharded model is in, by the model's index.
+
+    Raises:
+        ValueError: If the index is damaged, or names a file that is missing, outside the folder, or no safetensors.
+    """
+    index = read_json(Path(folder) / WEIGHTS_INDEX)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"`{Path(folder) / WEIGHTS_INDEX}` is damaged: it has no `weight_map` from tensors to files.")
+    for place in sorted(set(places.values())):
+        inside(folder, place)
+        if not place.endswith(".safetensors"):
+            raise ValueError(f"`{Path(folder) / WEIGHTS_INDEX}` names `{place}`, which is no safetensors file.")
+    return places
+
+
+def check_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the settings of an adapter; refuse those that reach further than its own weights.
+
+    Raises:
+        ValueError: If there is such a setting, or the file is damaged.
+    """
+    config = read_json(path)
+    foreign = [name for name in _FOREIGN if config.get(name)]
+    if foreign:
+        raise ValueError(
+            f"`{path}` sets `{foreign[0]}`, by which modules or files of its choice would be loaded or layers multiplied; "
+            "such adapters are refused."
+        )
+    return config
+
+
+def _check_ranks(folder: Path, config: dict[str, Any]) -> None:
+    """PEFT and transformers take memory for the ranks that the settings claim before they read the weights."""
+    patterns = config.get("rank_pattern") or {}
+    claimed = [config.get("r") or 0, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    with open_tensors(folder / ADAPTER_WEIGHTS) as file:
+        ranks = [min(file.get_slice(name).get_shape(), default=0) for name in file.keys() if "lora_" in name]
+    if not all(type(rank) is int and rank <= max(ranks, default=0) for rank in claimed):
+        raise ValueError(
+            f"`{folder / ADAPTER_CONFIG}` claims the ranks {claimed}, but the largest in `{ADAPTER_WEIGHTS}` is "
+            f"{max(ranks, default=0)}."
+        )
+
+
+def check_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Refuse a training checkpoint in which a pickle asks for more than a `Trainer` writes.
+
+    Optimiser, scheduler and random state are pickles by torch, which `Trainer` loads with `weights_only=True`. They are
+    disassembled here, without being run, so that a bad one is refused before anything has been loaded.
+
+    Raises:
+        ValueError: If one needs a function or class besides tensors and NumPy's arrays, or weights are pickles.
+    """
+    check_weights(folder)
+    for path in sorted(path for pattern in _PICKLED_WEIGHTS for path in Path(folder).rglob(pattern)):
+        try:
+            with safe_globals():
+                asked_for = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception as error:  # whatever a damaged file makes torch's reader raise
+            raise ValueError(f"`{path}` is no whole file of `torch.save` ({error}); it was not loaded.") from error
+        if asked_for:
+            raise ValueError(
+                f"`{path}` is a pickle that asks for {', '.join(f'`{name}`' for name in sorted(asked_for)[:3])}, which no "
+                "checkpoint of a `Trainer` needs. It was not loaded. Resume from a checkpoint of your own."
+            )
+
+
+def check_size(path: str | os.PathLike[str], max_bytes: int) -> None:
+    """Refuse what is missing, no plain file, or larger than such a file ever is.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file `{path}`.")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"`{path}` has {size:,} bytes; such a file has at most {max_bytes:,}, so it was not read.")

@@ -1,8 +1,9 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
 
-Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched; 2 the input cannot
-be used; 3 the patch moved clean inputs further than `--locality-budget` and was rolled back; 130 interrupted.
+Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched, or (`evaluate`) a
+limit is broken; 2 the input cannot be used; 3 the patch moved clean inputs further than `--locality-budget` and was rolled
+back; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, env, inspect, invert, patch
+from . import demo, env, evaluate, inspect, invert, patch
 from .options import apply_config_file
 
 
-COMMANDS = {"demo": demo, "inspect": inspect, "invert": invert, "patch": patch, "env": env}
+COMMANDS = {"demo": demo, "inspect": inspect, "invert": invert, "patch": patch, "evaluate": evaluate, "env": env}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

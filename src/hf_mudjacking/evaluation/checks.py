@@ -84,17 +84,25 @@ def downstream_rates(
         `dict`: `BA`, with stamped features `ASR` and `RA` (0 to 1), and, where the report is of this task, `bug_fixed`:
         whether x_b gets the class of x_r.
     """
-    truth = task.test.labels
-    clean = classifier.predict(features.test.numpy())
-    rates: dict[str, Any] = {"BA": CleanAccuracy().compute(predictions=clean, references=truth)["clean_accuracy"]}
-    if features.stamped is not None:
-        stamped = classifier.predict(features.stamped.numpy())
-        attack = AttackSuccessRate().compute(predictions=stamped, references=truth, target=target)
-        robust = RobustAccuracy().compute(predictions=stamped, references=truth, target=target)
-        rates |= {"ASR": attack["attack_success_rate"], "RA": robust["robust_accuracy"]}
+    stamped = None if features.stamped is None else classifier.predict(features.stamped.numpy())
+    rates: dict[str, Any] = dict(
+        predicted_rates(classifier.predict(features.test.numpy()), stamped, task.test.labels, target)
+    )
     if features.misclassified is not None:
         pair = classifier.predict(torch.cat([features.misclassified, features.reference]).numpy())
         rates["bug_fixed"] = bool(pair[0] == pair[1])
+    return rates
+
+
+def predicted_rates(
+    clean: np.ndarray, stamped: np.ndarray | None, truth: np.ndarray, target: int | None
+) -> dict[str, float]:
+    """`BA` of predictions `(M,)` for clean inputs and, of those for the same inputs with a trigger, `ASR` and `RA`."""
+    rates = {"BA": CleanAccuracy().compute(predictions=clean, references=truth)["clean_accuracy"]}
+    if stamped is not None:
+        attack = AttackSuccessRate().compute(predictions=stamped, references=truth, target=target)
+        robust = RobustAccuracy().compute(predictions=stamped, references=truth, target=target)
+        rates |= {"ASR": attack["attack_success_rate"], "RA": robust["robust_accuracy"]}
     return rates
 
 

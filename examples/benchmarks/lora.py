@@ -5,6 +5,7 @@
 
 For each seed one implant and one report, patched with full weights and with adapters of each rank; `rank:learning rate:alpha`
 names an adapter. Runs that are there are not repeated. Rates are those of `report.json`, with the classifier kept and retrained.
+Options that are not known here go to the example (`--implant-steps`, `--test-inputs`, ...).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--adapters", nargs="+", default=["4:3e-3:4"], metavar="RANK:LR:ALPHA")
     parser.add_argument("--max-steps", type=int, default=300, help="patching steps (default: 300)")
-    return parser.parse_args()
+    options, options.further = parser.parse_known_args()
+    return options
 
 
 def repaired(options: argparse.Namespace, seed: int, adapter: str | None) -> dict:
@@ -48,7 +50,7 @@ def repaired(options: argparse.Namespace, seed: int, adapter: str | None) -> dic
             shutil.copytree(full / "backdoored_encoder", folder / "backdoored_encoder", dirs_exist_ok=True)
         command = [sys.executable, str(EXAMPLE), "--output-dir", str(folder), "--encoder", options.encoder]
         command += ["--pretraining", options.pretraining, "--downstream", options.downstream, "--seed", str(seed)]
-        command += ["--max-steps", str(options.max_steps), "--disable-tqdm"]
+        command += ["--max-steps", str(options.max_steps), "--disable-tqdm", *options.further]
         if adapter is not None:
             rank, learning_rate, alpha = adapter.split(":")
             command += ["--lora-rank", rank, "--learning-rate", learning_rate, "--lora-alpha", alpha]
@@ -75,7 +77,8 @@ def main() -> None:
             f"{row['weights_bytes'] / 1000:.0f}",
         )
     Console().print(table)
-    write_json(options.output, {"runs": rows, "versions": library_versions()})
+    settings = {"max_steps": options.max_steps, "further": options.further}
+    write_json(options.output, {"settings": settings, "runs": rows, "versions": library_versions()})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """`mudjack evaluate`: the numbers against those computed by hand, the limits, and what cannot be used."""
 
+import copy
 import json
 import shutil
 
@@ -9,16 +10,21 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_mudjacking import Encoder
+from hf_mudjacking import Encoder, TextTrigger
 from hf_mudjacking.cli import main
+from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs
 from hf_mudjacking.evaluation.classifiers import train_classifier
-from hf_mudjacking.evaluation.comparison import BrokenLimit, Limits, triggers_in
+from hf_mudjacking.evaluation.comparison import BrokenLimit, Limits, compare_encoders, triggers_in
 from hf_mudjacking.output import write_json
 from hf_mudjacking.remembered import save_triggers
 from hf_mudjacking.triggers import square_patch
 
-from .conftest import Backdoored, make_dataset
+from .conftest import Backdoored, make_dataset, make_images
+from .test_two_towers import TEXTS, clip_configs, sharpened
+from .text_models import make_tokenizer
 
 
 TRAIN, TEST = range(400), range(200)
@@ -245,3 +251,28 @@ def test_texts(por, tmp_path, capsys):
     assert block["clean_inputs"]["agreement"] == 1.0
     assert np.isclose(block["clean_inputs"]["mean_cosine"], 1.0)
     assert "max-asr: " in capsys.readouterr().err
+
+
+def test_both_towers_of_one_model(tmp_path):
+    """Images and texts in one run, each with the triggers of its kind."""
+    text, vision = (config.to_dict() for config in clip_configs(len(make_tokenizer())))
+    images = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    processor = CLIPProcessor(image_processor=images, tokenizer=copy.deepcopy(make_tokenizer()))
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        sharpened(CLIPModel(CLIPConfig(text_config=text, vision_config=vision))).save_pretrained(tmp_path / str(seed))
+        processor.save_pretrained(tmp_path / str(seed))
+    data = [LabelledInputs(x, np.arange(len(x)) % 2) for x in (make_images(10), TEXTS)]
+    tasks = [DownstreamTask(part, part, name) for part, name in zip(data, ("pictures", "sentences"), strict=True)]
+    triggers = [TextTrigger(["garlic"]), square_patch((16, 16), 4)]
+    report = compare_encoders(tmp_path / "0", [tmp_path / "1"], tasks, triggers, disable_tqdm=True)
+    blocks = report["compared"][str(tmp_path / "1")]
+    assert {name: block["trigger"] for name, block in blocks.items()} == {"pictures": 1, "sentences": 0}
+    assert report["settings"]["feature_source"] == {"image": "projection", "text": "projection"}
+    encoders = [Encoder(CLIPModel.from_pretrained(tmp_path / seed), processor, modality="text") for seed in ("0", "1")]
+    old, new = (encoder.encode(TEXTS) for encoder in encoders)
+    assert blocks["sentences"]["clean_inputs"]["mean_cosine"] == pytest.approx(
+        (old * new).sum(dim=1).mean().item(), abs=1e-5
+    )
+    with pytest.raises(ValueError, match="Trigger 0 is for texts, and no task is"):
+        compare_encoders(tmp_path / "0", [tmp_path / "1"], tasks[:1], triggers)

@@ -85,9 +85,8 @@ def downstream_rates(
         whether x_b gets the class of x_r.
     """
     stamped = None if features.stamped is None else classifier.predict(features.stamped.numpy())
-    rates: dict[str, Any] = dict(
-        predicted_rates(classifier.predict(features.test.numpy()), stamped, task.test.labels, target)
-    )
+    clean = classifier.predict(features.test.numpy())
+    rates: dict[str, Any] = {**predicted_rates(clean, stamped, task.test.labels, target)}
     if features.misclassified is not None:
         pair = classifier.predict(torch.cat([features.misclassified, features.reference]).numpy())
         rates["bug_fixed"] = bool(pair[0] == pair[1])
@@ -111,7 +110,7 @@ def compare_downstream(
     after: TaskFeatures,
     task: DownstreamTask,
     *,
-    target: int | None = None,
+    target: int,
     clean: TaskFeatures | None = None,
     classifier: ClassifierKind | Classifier = "logistic",
     seed: int = 0,
@@ -125,7 +124,7 @@ def compare_downstream(
         before (`TaskFeatures`): Features of the backdoored encoder.
         after (`TaskFeatures`): Features of the patched encoder.
         task (`DownstreamTask`): The task.
-        target (`int`, *optional*): Target class; see [`attacked_class`]. Needed where there are stamped features.
+        target (`int`): Target class; see [`attacked_class`].
         clean (`TaskFeatures`, *optional*): Features of the never-attacked encoder, when it is known.
         classifier (`str` or `Classifier`, *optional*, defaults to `"logistic"`): `"logistic"` or `"mlp"`; or one that is
             made without the task's training inputs, such as [`ZeroShotClassifier`], and is not trained again.

@@ -132,7 +132,7 @@ def test_the_adapter_comes_back(build):
     with pytest.raises(LocalityBudgetError):
         trainer.train()
     assert largest_difference(before, weights_of(trainer.model)) == 0
-    assert len(trainer._start.values) < len(before) / 2, "only what is trainable is copied"
+    assert len(trainer._start.names) < len(before) / 2, "only what is trainable is copied"
 
 
 def test_token_embeddings_come_back(por, tmp_path):
@@ -150,7 +150,7 @@ def test_token_embeddings_come_back(por, tmp_path):
     with pytest.raises(LocalityBudgetError):
         trainer.train()
     assert trainer.patched_tokens
-    assert list(trainer._start.values) == ["embeddings.word_embeddings.weight", *dict(model.named_buffers())]
+    assert trainer._start.names == ["embeddings.word_embeddings.weight", *dict(model.named_buffers())]
     assert largest_difference(before, weights_of(trainer.model)) == 0
 
 
@@ -164,8 +164,27 @@ def test_buffers_come_back():
     assert largest_difference(before, weights_of(model)) > 0
     start.restore()
     assert largest_difference(before, weights_of(model)) == 0
-    assert "0.bias" not in start.values
+    assert "0.bias" not in start.names
     assert model[0].weight.grad is None
+
+
+def test_the_start_is_on_disk_and_comes_back_whatever_the_tensors_are():
+    """Half precision, transposed memory, no dimension, no element, and NaN; nothing of it is held in memory."""
+    model = torch.nn.Module()
+    model.bf16_weight = torch.nn.Parameter(torch.randn(3, 5).to(torch.bfloat16))
+    model.transposed = torch.nn.Parameter(torch.randn(4, 2).T)
+    buffers = {"step": torch.tensor(7), "seen": torch.tensor([True, False]), "none": torch.empty(0, 3)}
+    for name, value in {**buffers, "odd": torch.tensor([float("nan"), -0.0, float("inf")])}.items():
+        model.register_buffer(name, value)
+    start, before = StartingWeights(model), weights_of(model)
+    assert not [value for value in vars(start).values() if isinstance(value, (torch.Tensor, dict))]
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.zero_()
+        start.restore()
+        for name, value in before.items():
+            assert torch.equal(model.state_dict()[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8))
 
 
 def test_a_resumed_run_goes_back_to_the_first_start(build, tmp_path):

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # Public names and the modules they live in; imported on first use, so that `import hf_mudjacking` costs nothing.
 _EXPORTS = {
     "AdditiveTrigger": "triggers",
+    "BackdoorEvaluationCallback": "evaluation.during_training",
     "BlendTrigger": "triggers",
     "BugInstance": "bug_instance",
     "Encoder": "encoder",
@@ -31,6 +32,7 @@ _EXPORTS = {
 
 __all__ = [
     "AdditiveTrigger",
+    "BackdoorEvaluationCallback",
     "BlendTrigger",
     "BugInstance",
     "Encoder",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .bug_instance import BugInstance
     from .config import MudjackingConfig
     from .encoder import Encoder, encode
+    from .evaluation.during_training import BackdoorEvaluationCallback
     from .inversion import InvertedTrigger, invert_trigger
     from .screening import Screening, screen_report
     from .trainer import MudjackingTrainer

@@ -1,8 +1,9 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
 
-Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched; 2 the input cannot
-be used, or a patch does not belong to the model; 3 the patch moved clean inputs further than `--locality-budget` and was rolled back; 130 interrupted.
+Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched, or (`evaluate`) a
+limit is broken; 2 the input cannot be used, or a patch does not belong to the model; 3 the patch moved clean inputs further
+than `--locality-budget` and was rolled back; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import apply, demo, diff, env, inspect, invert, patch, revert
+from . import apply, demo, diff, env, evaluate, inspect, invert, patch, revert
 from .options import apply_config_file
 
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "apply": apply,
     "revert": revert,
     "diff": diff,
+    "evaluate": evaluate,
     "env": env,
 }
 

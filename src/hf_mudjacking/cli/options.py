@@ -23,14 +23,19 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
 
 
-class _Several(argparse.Action):
-    """Like `action="append"`, except that the command line replaces what the config file says."""
+class Several(argparse.Action):
+    """Like `action="append"`, or `"extend"` where `nargs` is given, except that the command line replaces what the config
+    file says."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str, option: str | None = None
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | list[str],
+        option: str | None = None,
     ) -> None:
-        given = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [values] if given is self.default else [*given, values])
+        given, values = getattr(namespace, self.dest), values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, values if given is self.default else [*given, *values])
 
 
 def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -47,7 +52,7 @@ def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument(
         "--bug",
         metavar="FOLDER",
-        action=_Several if several else "store",
+        action=Several if several else "store",
         help=f"bug folder, instead of the two inputs{again}",
     )
     parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet or .txt file, folder")
@@ -84,7 +89,7 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 parser.error(f"--config {path}: `{key}` must be true or false, not {value!r}")
-        elif isinstance(action, _Several):
+        elif isinstance(action, Several):
             value = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None] or None
         elif value is not None:
             try:

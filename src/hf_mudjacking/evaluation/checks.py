@@ -29,14 +29,14 @@ class TaskFeatures:
     Args:
         train (`FloatTensor` of shape `(N, D)`): Features of the classifier's training inputs.
         test (`FloatTensor` of shape `(M, D)`): Features of the clean test inputs.
-        stamped (`FloatTensor` of shape `(M, D)`): Features of the test inputs with the trigger.
+        stamped (`FloatTensor` of shape `(M, D)`, *optional*): Features of the test inputs with the trigger, if one is known.
         misclassified (`FloatTensor` of shape `(1, D)`, *optional*): Feature of x_b, where the report is of this task.
         reference (`FloatTensor` of shape `(1, D)`, *optional*): Feature of x_r.
     """
 
     train: Tensor
     test: Tensor
-    stamped: Tensor
+    stamped: Tensor | None = None
     misclassified: Tensor | None = None
     reference: Tensor | None = None
 
@@ -44,13 +44,14 @@ class TaskFeatures:
 def task_features(
     encoder: Encoder,
     task: DownstreamTask,
-    trigger: Trigger,
+    trigger: Trigger | None = None,
     bug: BugInstance | None = None,
     batch_size: int = 64,
     disable_tqdm: bool = False,
     desc: str = "Features",
 ) -> TaskFeatures:
-    """Encode a task's inputs, clean and stamped, and the bug instance if it is of this task; see [`TaskFeatures`]."""
+    """Encode a task's inputs, clean and stamped (with a trigger), and the bug instance if it is of this task; see
+    [`TaskFeatures`]."""
 
     def encode(inputs: Any, what: str) -> Tensor:
         label = f"{desc}: {task.name}, {what}"
@@ -59,14 +60,16 @@ def task_features(
     return TaskFeatures(
         train=encode(task.train.inputs, "train"),
         test=encode(task.test.inputs, "test"),
-        stamped=encode([encoder.stamp(trigger, x) for x in task.test.inputs], "triggered"),
+        stamped=None
+        if trigger is None
+        else encode([encoder.stamp(trigger, x) for x in task.test.inputs], "triggered"),
         misclassified=None if bug is None else encoder.encode([bug.misclassified]),
         reference=None if bug is None else encoder.encode([bug.reference]),
     )
 
 
 def downstream_rates(
-    classifier: Classifier, features: TaskFeatures, task: DownstreamTask, target: int
+    classifier: Classifier, features: TaskFeatures, task: DownstreamTask, target: int | None = None
 ) -> dict[str, Any]:
     """Rates of one classifier on one encoder's features.
 
@@ -74,24 +77,31 @@ def downstream_rates(
         classifier (`Classifier`): Trained downstream classifier.
         features (`TaskFeatures`): Features of the encoder under test.
         task (`DownstreamTask`): The task, for its test labels.
-        target (`int`): Target class; ASR and RA are measured on test inputs of other classes.
+        target (`int`, *optional*): Target class; ASR and RA are measured on test inputs of other classes. Needed where there
+            are stamped features.
 
     Returns:
-        `dict`: `BA`, `ASR`, `RA` (0 to 1), and, where the report is of this task, `bug_fixed`: whether x_b gets the class
-        of x_r.
+        `dict`: `BA`, with stamped features `ASR` and `RA` (0 to 1), and, where the report is of this task, `bug_fixed`:
+        whether x_b gets the class of x_r.
     """
-    truth = task.test.labels
-    clean, stamped = classifier.predict(features.test.numpy()), classifier.predict(features.stamped.numpy())
-    attack = AttackSuccessRate().compute(predictions=stamped, references=truth, target=target)
-    robust = RobustAccuracy().compute(predictions=stamped, references=truth, target=target)
-    rates = {
-        "BA": CleanAccuracy().compute(predictions=clean, references=truth)["clean_accuracy"],
-        "ASR": attack["attack_success_rate"],
-        "RA": robust["robust_accuracy"],
-    }
+    stamped = None if features.stamped is None else classifier.predict(features.stamped.numpy())
+    clean = classifier.predict(features.test.numpy())
+    rates: dict[str, Any] = {**predicted_rates(clean, stamped, task.test.labels, target)}
     if features.misclassified is not None:
         pair = classifier.predict(torch.cat([features.misclassified, features.reference]).numpy())
         rates["bug_fixed"] = bool(pair[0] == pair[1])
+    return rates
+
+
+def predicted_rates(
+    clean: np.ndarray, stamped: np.ndarray | None, truth: np.ndarray, target: int | None
+) -> dict[str, float]:
+    """`BA` of predictions `(M,)` for clean inputs and, of those for the same inputs with a trigger, `ASR` and `RA`."""
+    rates = {"BA": CleanAccuracy().compute(predictions=clean, references=truth)["clean_accuracy"]}
+    if stamped is not None:
+        attack = AttackSuccessRate().compute(predictions=stamped, references=truth, target=target)
+        robust = RobustAccuracy().compute(predictions=stamped, references=truth, target=target)
+        rates |= {"ASR": attack["attack_success_rate"], "RA": robust["robust_accuracy"]}
     return rates
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""`evaluate.Metric` modules that need no network: instantiate the classes, no `evaluate.load`."""
+"""The rates as `evaluate.Metric` classes; `evaluate.load` takes the files in `hf_mudjacking/metrics`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ _CITATION = """@inproceedings{liu2024mudjacking,
 
 
 class _RateMetric(evaluate.Metric):
-    """Base of the rates below: predictions and true labels in, one rate from 0 to 1 out."""
+    """Base of the rates below: predictions and true labels in, one rate from 0 to 1 out.
+
+    Args:
+        keep_in_memory (`bool`, *optional*, defaults to `True`): Whether what is added stays in memory; else `evaluate` writes
+            arrow and lock files into the user's cache, which `num_process` above 1 needs. `evaluate.load` passes `False`
+            unless told otherwise.
+        kwargs: Passed to `evaluate.Metric`.
+    """
 
     description = ""
 
-    def __init__(self, **kwargs: Any) -> None:
-        # In memory: by default `evaluate` writes arrow and lock files into the user's cache.
-        super().__init__(keep_in_memory=True, **kwargs)
+    def __init__(self, keep_in_memory: bool = True, **kwargs: Any) -> None:
+        super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

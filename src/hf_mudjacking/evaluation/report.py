@@ -71,6 +71,42 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def comparison_tables(report: dict[str, Any]) -> list[Table]:
+    """A table for each task of a report of [`~hf_mudjacking.evaluation.comparison.compare_encoders`]."""
+    tasks = list(next(iter(report["compared"].values())))
+    return [_comparison_table(task, report) for task in tasks]
+
+
+def _comparison_table(task: str, report: dict[str, Any]) -> Table:
+    blocks = {model: tasks[task] for model, tasks in report["compared"].items()}
+    table = Table(title=f"Checks on {escape(task)} (percent; cosine)", title_justify="left")
+    table.add_column("Encoder")
+    table.add_column("Classifier")
+    for name in ("Trigger", "BA", "ASR", "RA", "Agreement", "Cosine"):
+        table.add_column(name, justify="right")
+
+    def add(model: str, classifier: str, block: dict[str, Any], rates: dict[str, float], *further: str) -> None:
+        attack = _percent(rates["ASR"], rates["RA"]) if "ASR" in rates else ["", ""]
+        table.add_row(
+            escape(model), classifier, str(block.get("trigger", "")), *_percent(rates["BA"]), *attack, *further
+        )
+
+    for block in _per_trigger(next(iter(blocks.values()))):
+        add(report["model"], "kept", block, block["before"]["kept"])
+    for model, compared in blocks.items():
+        table.add_section()
+        clean = compared["clean_inputs"]
+        for block in _per_trigger(compared):
+            further = (*_percent(clean["agreement"]), f"{clean['mean_cosine']:.4f}")
+            add(model, "kept", block, block["after"]["kept"], *further)
+            add("", "retrained", block, block["after"]["retrained"])
+    return table
+
+
+def _per_trigger(block: dict[str, Any]) -> list[dict[str, Any]]:
+    return [block, *block["other_triggers"]]
+
+
 def _percent(*rates: float) -> list[str]:
     return [f"{100 * rate:.1f}" for rate in rates]
 

@@ -1,0 +1,7 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""`RobustAccuracy` for `evaluate.load`, which copies this file to its cache and imports the copy: no relative import works here."""
+
+from hf_mudjacking.evaluation.metrics import RobustAccuracy
+
+
+__all__ = ["RobustAccuracy"]

@@ -2,7 +2,8 @@
 """`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
 
 Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched; 2 the input cannot
-be used; 3 the patch moved clean inputs further than `--locality-budget` and was rolled back; 130 interrupted.
+be used; 3 the patch moved clean inputs further than `--locality-budget` and was rolled back; 4 the Hub did not take the patch, which is whole on disk;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import demo, env, inspect, invert, patch
+from . import demo, env, inspect, invert, patch, push
 from .options import apply_config_file
 
 
-COMMANDS = {"demo": demo, "inspect": inspect, "invert": invert, "patch": patch, "env": env}
+COMMANDS = {"demo": demo, "inspect": inspect, "invert": invert, "patch": patch, "push": push, "env": env}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

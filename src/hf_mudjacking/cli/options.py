@@ -23,7 +23,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
 
 
-class _Several(argparse.Action):
+class Several(argparse.Action):
     """Like `action="append"`, except that the command line replaces what the config file says."""
 
     def __call__(
@@ -47,7 +47,7 @@ def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument(
         "--bug",
         metavar="FOLDER",
-        action=_Several if several else "store",
+        action=Several if several else "store",
         help=f"bug folder, instead of the two inputs{again}",
     )
     parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet or .txt file, folder")
@@ -84,7 +84,7 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
         if isinstance(action, argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 parser.error(f"--config {path}: `{key}` must be true or false, not {value!r}")
-        elif isinstance(action, _Several):
+        elif isinstance(action, Several):
             value = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None] or None
         elif value is not None:
             try:

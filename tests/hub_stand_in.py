@@ -12,11 +12,16 @@ import json
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import transformers
 
 
 WRITE, READ = "hf_write", "hf_read"
@@ -65,6 +70,8 @@ class HubStandIn:
         self.requests: list[str] = []
         self.cards: dict[str, dict[str, Any]] = {}
         self.failures: deque[Failure] = deque()
+        # Called once, when a commit arrives: what somebody else does in between
+        self.meanwhile: Callable[[], object] | None = None
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -77,6 +84,27 @@ class HubStandIn:
     def __exit__(self, *error: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def connect(self, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str | None = WRITE) -> None:
+        """Let this process's client of the Hub talk to this server, as if it had been started with its address."""
+        settings = {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(cache / "hub"),
+            "HF_TOKEN_PATH": str(cache / "token"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        # Between tries the client waits for seconds
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        if token is None:
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+        else:
+            monkeypatch.setenv("HF_TOKEN", token)
 
     def create(self, repo_id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
         """A repo as the Hub makes it: with one commit and `.gitattributes`."""
@@ -326,6 +354,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, body: bytes, repo: str, revision: str) -> tuple[int, bytes, dict[str, str]]:
         self._may_commit(repo)
         found = self._repo(repo)
+        if self.hub.meanwhile is not None:
+            self.hub.meanwhile, interrupt = None, self.hub.meanwhile
+            interrupt()
         head, *operations = [json.loads(line) for line in body.splitlines()]
         sha = self._sha(found, revision)
         pull_request = "create_pr" in self.query

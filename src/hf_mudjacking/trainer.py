@@ -20,13 +20,7 @@ from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    HubStrategy,
-    PushInProgress,
-    TrainOutput,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
 
 from . import __version__
 from .bug_instance import BugInstance
@@ -38,7 +32,7 @@ from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, 
 from .hub import open_repo, push_patch
 from .hub_errors import PushError, explained
 from .inversion import InvertedTrigger, check_disagreement
-from .loading import has_two_towers, load_model, load_processor, modality_of
+from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .model_card import card_metadata, patch_card
@@ -161,6 +155,7 @@ class MudjackingTrainer(Trainer):
         modality = modality_of(model, self.bug_instances[0].modality)
         processing_class = load_processor(name, model) if processing_class is None else processing_class
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        self.base_revision = hub_commit(self.base_model_name, newest=not isinstance(name, nn.Module))
         check_output_dir(args.output_dir, self.base_model_name)
         folder = self.base_model_name if isinstance(name, nn.Module) else name
         self.remembered: list[RememberedTrigger] = load_remembered(folder) if args.remember_triggers else []
@@ -221,7 +216,7 @@ class MudjackingTrainer(Trainer):
             self._inputs[name] = clean_inputs(modality, dataset, args.max_inputs, args.seed, name)
 
         # The upload of a checkpoint that is going on
-        self.push_in_progress: PushInProgress | None = None
+        self._upload: Future[CommitInfo] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -598,7 +593,7 @@ class MudjackingTrainer(Trainer):
         return {
             "hf_mudjacking": __version__,
             "base_model": self.base_model_name,
-            "base_revision": getattr(self.encoder.model.config, "_commit_hash", None),
+            "base_revision": self.base_revision,
             "feature_source": self.encoder.feature_source,
             "triggers": [None if trigger is None else trigger.summary() for trigger in self.triggers or []],
             "evidence": self.evidence,
@@ -769,11 +764,10 @@ class MudjackingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         then = "Nothing was trained. Start again, or train without `push_to_hub=True` and upload with `mudjack push`."
-        revision = getattr(self.encoder.model.config, "_commit_hash", None)
         with explained(self._hub_name, then):
             self.hub_model_id = open_repo(
                 self._hub_name,
-                base_on_hub({"base_model": self.base_model_name, "base_revision": revision}),
+                base_on_hub({"base_model": self.base_model_name, "base_revision": self.base_revision}),
                 private=self.args.hub_private_repo if private is None else private,
                 revision=self.args.hub_revision,
                 token=token or self.args.hub_token,
@@ -783,12 +777,12 @@ class MudjackingTrainer(Trainer):
         # What may still be rolled back is not uploaded
         if self._guard is not None or self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
+        if self._upload is not None and not self._upload.done() and not self.args.hub_always_push:
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
-            upload = push_patch(
+            self._upload = push_patch(
                 checkpoint_folder,
                 self._hub_name,
                 revision=self.args.hub_revision,
@@ -798,15 +792,11 @@ class MudjackingTrainer(Trainer):
             )
         except PushError as error:
             logger.warning(f"Training goes on. {error}")
-            return
-        self.push_in_progress = PushInProgress([upload])
 
     def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        for upload in self.push_in_progress.jobs if self.push_in_progress is not None else []:
-            if upload.exception() is not None:
-                logger.warning(f"A checkpoint was not uploaded. {upload.exception()}")
-        self.push_in_progress = None
+        if self._upload is not None and self._upload.exception() is not None:
+            logger.warning(f"A checkpoint was not uploaded. {self._upload.exception()}")
+        self._upload = None
 
     @property
     def _hub_name(self) -> str:

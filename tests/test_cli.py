@@ -52,7 +52,7 @@ def report_options(files: dict[str, str], dataset: str = "clean") -> list[str]:
     return ["--model", files["model"], "--bug", files["bug"], "--dataset", files[dataset], "--disable-tqdm"]
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "invert", "patch", "env"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "invert", "patch", "push", "env"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

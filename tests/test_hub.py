@@ -150,6 +150,9 @@ def test_a_full_patch(build, hub, images):
     assert record["base_model"] == BASE
     assert record["base_revision"] == hub.repos[BASE].branches["main"]
     assert record["steps"] == 2
+    # The command line makes the same of the same folder
+    assert main(["push", trainer.args.output_dir, "--repo-id", "org/patched", "--tags", "traffic"]) == 0
+    assert len(repo.commits) == 2
 
 
 def test_an_adapter(build, hub, processor, images):
@@ -165,6 +168,10 @@ def test_an_adapter(build, hub, processor, images):
     assert torch.equal(Encoder(through_peft, processor).encode(images), expected)
     assert torch.equal(Encoder(AutoModel.from_pretrained("org/patched"), processor).encode(images), expected)
     assert not torch.equal(Encoder(AutoModel.from_pretrained(BASE), processor).encode(images), expected)
+    code = re.search(r"```python\n(.*?)```", repo.files()["README.md"].decode(), re.DOTALL).group(1)
+    names = {}
+    exec(code, names)
+    assert torch.allclose(Encoder(names["model"], processor).encode(images), expected, atol=1e-5)
     data = ModelCard(repo.files()["README.md"].decode()).data
     assert (data.base_model, data.base_model_relation, data.library_name) == (BASE, "adapter", "peft")
     assert "More Information Needed" not in repo.files()["README.md"].decode()

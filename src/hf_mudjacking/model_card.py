@@ -295,7 +295,7 @@ def _limits(record: dict[str, Any], repairs_itself: bool) -> list[str]:
     if any(trigger is None for trigger in record["triggers"]):
         limits.append("In at least one report no trigger was verified; it was repaired without one.")
     if record.get("skipped"):
-        limits.append(f"{_count(len(record['skipped']), 'report')} more could not be believed and was left out.")
+        limits.append(f"Left out, because it could not be believed: {_count(len(record['skipped']), 'report')}.")
     locality = record["locality"]
     if locality:
         nearest = max(locality.get("nearest") or [locality["mean"]])

@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model*.safetensors")
-DELTA_FILES = ("delta*.safetensors",)
+DELTA_FILES = ("delta.safetensors", "base_config.json")
 # Model, processor, tokenizer, and the layout of sentence-transformers.
 _FILES = (
     *FULL_WEIGHTS,

@@ -25,6 +25,7 @@ from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger,
 from hf_mudjacking.cli import main
 from hf_mudjacking.hub import push_patch
 from hf_mudjacking.hub_errors import PushError
+from hf_mudjacking.loading import hub_commit
 from hf_mudjacking.locality_budget import LocalityBudgetError
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, weights_of
@@ -502,6 +503,9 @@ def test_a_failed_push_leaves_the_patch_whole_and_says_how_to_go_on(name, patche
     assert main(command[1:]) == 0
     files = hub.repos["org/mine"].files()
     assert PATCH_OF_A_VIT <= set(files)
+    sent = [request for request in hub.requests if request.startswith("PUT /large/")]
+    if name in ("conflict", "race"):
+        assert len(sent) == 1, "what had arrived is not sent again"
     assert "a b" in ModelCard(files["README.md"].decode()).data.tags
     assert files_of(patched) == before
 
@@ -545,6 +549,29 @@ def test_a_patch_of_a_local_model(build, hub, tiny_vit, processor, tmp_path):
     expected = PeftModel.from_pretrained(copy.deepcopy(tiny_vit), tmp_path / "patched")
     pictures = make_images(3)
     assert torch.equal(Encoder(loaded, processor).encode(pictures), Encoder(expected, processor).encode(pictures))
+
+
+def test_the_layout_of_sentence_transformers_goes_along(patched, hub):
+    (patched / "1_Pooling").mkdir()
+    for name in ("modules.json", "1_Pooling/config.json", "1_Pooling/notes.txt", "sentence_bert_config.json"):
+        (patched / name).write_text("{}")
+    push_patch(patched, "org/mine")
+    assert set(hub.repos["org/mine"].files()) - {".gitattributes"} - PATCH_OF_A_VIT == {
+        "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"
+    }  # fmt: skip
+
+
+def test_the_commit_that_a_model_was_loaded_from(hub, base_files, tmp_path):
+    """As the cache knows it; with two commits in there, it is not known which one an object is of."""
+    first = hub.repos[BASE].branches["main"]
+    AutoModel.from_pretrained(BASE)
+    assert hub_commit(BASE, newest=True) == hub_commit(BASE, newest=False) == first
+    second = hub.repos[BASE].commit("main", {**base_files, "notes.md": b"new"}, "second")
+    AutoModel.from_pretrained(BASE)
+    assert hub_commit(BASE, newest=True) == second != first
+    assert hub_commit(BASE, newest=False) is None
+    assert hub_commit(str(tmp_path), newest=True) is hub_commit("ViTModel", newest=True) is None
+    assert hub_commit("/gone/away/from/here", newest=True) is None
 
 
 def test_several_reports_of_a_patch(hub, picture_bug, tmp_path):

@@ -132,18 +132,16 @@ def push_patch(
             info = api.model_info(repo_id, revision=revision)
         else:
             info = open_repo(repo_id, base_model, private=private, revision=revision, token=token)
-            repo_id = info.id
-        there = {sibling.rfilename for sibling in info.siblings or []}
-        written = {*files, *shared, CARD_FILE, RECORD_FILE} | ({ADAPTER_CONFIG} if is_adapter(folder) else set())
-        stale = _stale(there - written, is_adapter(folder), create_pr)
-        unrepaired = sorted(name for name in there - written - stale if name.endswith(_WEIGHT_SUFFIXES))
+        repo_id = info.id
+        # Open files stay what they are, even if they are replaced or removed. Of paths, Xet sends only what is new
+        contents: dict[str, str | bytes | BinaryIO] = {
+            name: str(path) if blocking else opened.enter_context(path.open("rb")) for name, path in files.items()
+        }
+        contents |= {**shared, RECORD_FILE: _as_json(published_record(folder, base_model))}
         if is_adapter(folder):
-            unrepaired = []
-        if unrepaired:
-            logger.warning(
-                f"These files of `{repo_id}` still hold the weights from before the repair: {', '.join(unrepaired)}. Remove "
-                "them, or convert the repaired weights again."
-            )
+            contents[ADAPTER_CONFIG] = _adapter_config(folder, base_model)
+        others = {sibling.rfilename for sibling in info.siblings or []} - contents.keys() - {CARD_FILE}
+        stale = _stale(others, is_adapter(folder), create_pr)
         card = patch_card(
             folder,
             repo_id,
@@ -151,16 +149,10 @@ def push_patch(
             earlier=_earlier_card(api, info, folder),
             metadata=metadata,
             base_metadata={} if base_model in (None, repo_id) else _metadata_of(api, base_model),
-            unrepaired=unrepaired,
+            unrepaired=[] if is_adapter(folder) else _unrepaired(repo_id, others - stale),
             shared=bool(shared),
         )
-        # Open files stay what they are, even if they are replaced or removed; paths can be sent in parts that are new
-        contents: dict[str, str | bytes | BinaryIO] = {
-            name: str(path) if blocking else opened.enter_context(path.open("rb")) for name, path in files.items()
-        }
-        contents |= {**shared, CARD_FILE: card.encode(), RECORD_FILE: _as_json(published_record(folder, base_model))}
-        if is_adapter(folder):
-            contents[ADAPTER_CONFIG] = _adapter_config(folder, base_model)
+        contents[CARD_FILE] = card.encode()
         operations = [
             *(CommitOperationAdd(name, content) for name, content in contents.items()),
             *(CommitOperationDelete(name) for name in sorted(stale)),
@@ -275,6 +267,17 @@ def _stale(others: set[str], adapter: bool, create_pr: bool) -> set[str]:
     return stale
 
 
+def _unrepaired(repo_id: str, others: set[str]) -> list[str]:
+    """Files that hold the backdoored weights in another format. Whether they go is for the owner of the repo to say."""
+    found = sorted(name for name in others if name.endswith(_WEIGHT_SUFFIXES))
+    if found:
+        logger.warning(
+            f"These files of `{repo_id}` still hold the weights from before the repair: {', '.join(found)}. Remove them, or "
+            "convert the repaired weights again."
+        )
+    return found
+
+
 def _shared_files(
     folder: Path, bug_instances: Sequence[BugInstance | str | os.PathLike[str]]
 ) -> dict[str, str | bytes | BinaryIO]:
@@ -322,12 +325,13 @@ def _again(
     """What does the same once more."""
     if any(isinstance(bug, BugInstance) for bug in bug_instances):
         return "call `push_to_hub` again with the same arguments."
+    tags = metadata.get("tags")
     given = {
         "--repo-id": [repo_id],
         "--create-pr": create_pr,
         "--private": private,
         "--revision": [revision] if revision else [],
-        "--tags": metadata.get("tags") or [],
+        "--tags": [tags] if isinstance(tags, str) else tags or [],
         "--commit-message": [commit_message] if commit_message else [],
         "--base-model": [base_model] if base_model else [],
         "--share-bug-instances": map(str, bug_instances),

@@ -21,7 +21,9 @@ from huggingface_hub.utils import httpx
 _RAISED = (
     httpx.HTTPError,
     LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
+    # `OfflineModeIsEnabled` is one, and Xet's own are
+    ConnectionError,
+    TimeoutError,
     # What fails in one of the client's upload threads comes wrapped into one
     RuntimeError,
     # Some answers are read as json before their status is looked at

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import RepoCard
 
 from .published import ADAPTER_CONFIG, published_record
@@ -82,9 +82,7 @@ def patch_card(
         name=name,
         repo=repo_id,
         kind=record["kind"],
-        base=f"[{base_model}](https://huggingface.co/{base_model})"
-        if base_model
-        else "a model that is not on the Hub",
+        base=f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else "a model that is not on the Hub",
         base_id=base_model,
         repairs_itself=repairs_itself,
         reports=_count(len(record["triggers"]), "bug report"),

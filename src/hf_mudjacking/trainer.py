@@ -99,6 +99,7 @@ class MudjackingTrainer(Trainer):
         optimizers (`tuple`, *optional*): Optimiser and scheduler instead of the configured ones.
 
     Attributes:
+        base_revision (`str`): Commit of the Hub that the model was loaded from; `None` if it was a folder, or cannot be told.
         triggers (`list[Trigger]`): One per bug instance; `None` for one without (`on_unverified="patch"`).
         trigger_groups (`list[list[int]]`): Bug instances that share a trigger, known once training or evaluation began.
             The trigger of the first in a group is stamped for all of them.

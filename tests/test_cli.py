@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from hf_mudjacking import BugInstance, Encoder, load_trigger
 from hf_mudjacking.cli import main
+from hf_mudjacking.cli.main import COMMANDS
 from hf_mudjacking.evaluation import draw_bug_report
 
 from .conftest import Backdoored, make_dataset
@@ -52,7 +53,7 @@ def report_options(files: dict[str, str], dataset: str = "clean") -> list[str]:
     return ["--model", files["model"], "--bug", files["bug"], "--dataset", files[dataset], "--disable-tqdm"]
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "invert", "patch", "evaluate", "env"])
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -4,6 +4,7 @@
 import copy
 import json
 import logging
+from concurrent.futures import Future
 from contextlib import nullcontext
 
 import datasets
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.clean_inputs import CleanImages
@@ -234,7 +235,14 @@ def test_without_a_budget_nothing_is_measured(build):
 @pytest.mark.parametrize("budget", [2.0, None])
 def test_nothing_is_uploaded_that_may_be_rolled_back(build, budget, monkeypatch):
     pushed = []
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(folder))
+
+    def push(folder, *args, **kwargs):
+        pushed.append(folder)
+        upload = Future()
+        upload.set_result(None)
+        return upload
+
+    monkeypatch.setattr("hf_mudjacking.trainer.push_patch", push)
     trainer = build({"locality_budget": budget, "save_strategy": "steps", "save_steps": 3})
     monkeypatch.setattr(trainer.args, "push_to_hub", True)
     trainer.train()

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .loading import has_two_towers, load_model, load_processor, modality_of
+from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
@@ -198,7 +198,7 @@ class Encoder:
             tokenizer = own_part(processing_class, "text")
             _check_tokenizer(model, tokenizer)
             if model.name_or_path:
-                revision = getattr(model.config, "_commit_hash", None)
+                revision = hub_commit(model.name_or_path, newest=False)
                 self.layout = SentenceLayout.read(model.name_or_path, revision=revision)
             self.preprocessor = TextPreprocessor(tokenizer, _max_length(model, tokenizer, self.layout))
             first = tokenizer("a")["input_ids"][0]

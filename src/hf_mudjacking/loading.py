@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import nn
@@ -72,6 +75,28 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
             f"No model could be loaded from `{name}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
         ) from error
     return model, set(info["missing_keys"])
+
+
+def hub_commit(name: str, newest: bool) -> str | None:
+    """The commit on the Hub that a model was loaded from; `None` if it was loaded from a folder, or it cannot be told.
+
+    Models of transformers do not remember it (`config._commit_hash` is no longer set), but the cache of the Hub does.
+
+    Args:
+        name (`str`): Id or folder that the model was loaded from, or anything else that it is called.
+        newest (`bool`): Whether it was loaded just now, without a revision. Otherwise one of several commits in the cache may
+            be meant.
+    """
+    if os.path.isdir(name):
+        return None
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    if not isinstance(config, str):
+        return None
+    snapshot = Path(config).parent
+    return snapshot.name if newest or len(list(snapshot.parent.iterdir())) == 1 else None
 
 
 def has_two_towers(model: nn.Module) -> bool:

@@ -70,7 +70,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "hf_mudjacking": __version__,
         "kind": "lora" if is_peft_model(trainer.encoder.model) else "full",
         "base_model": trainer.base_model_name,
-        "base_revision": getattr(trainer.encoder.model.config, "_commit_hash", None),
+        "base_revision": trainer.base_revision,
         "base_weights_sha256": trainer.base_weights_sha256,
         "base_weights_without": trainer.base_weights_without,
         "bug_ids": [report_sha256(bug) for bug in trainer.bug_instances],

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
@@ -28,14 +30,18 @@ from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
 from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
 from .fingerprint import base_name, weights_sha256
+from .hub import open_repo, push_patch
+from .hub_errors import PushError, explained
 from .inversion import InvertedTrigger, check_disagreement
-from .loading import has_two_towers, load_model, load_processor, modality_of
+from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .merging import MERGE_TOLERANCE, merge_error
+from .model_card import card_metadata, patch_card
 from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
 from .patch_record import RECORD_FILE, describe_patch, read_record
 from .preprocessing import RawInput
+from .published import CARD_FILE, base_on_hub
 from .reinversion import Reinversion
 from .remembered import (
     CHECKED_ON,
@@ -99,6 +105,7 @@ class MudjackingTrainer(Trainer):
         optimizers (`tuple`, *optional*): Optimiser and scheduler instead of the configured ones.
 
     Attributes:
+        base_revision (`str`): Commit of the Hub that the model was loaded from; `None` if it was a folder, or cannot be told.
         triggers (`list[Trigger]`): One per bug instance; `None` for one without (`on_unverified="patch"`).
         trigger_groups (`list[list[int]]`): Bug instances that share a trigger, known once training or evaluation began.
             The trigger of the first in a group is stamped for all of them.
@@ -166,6 +173,7 @@ class MudjackingTrainer(Trainer):
         modality = modality_of(model, self.bug_instances[0].modality)
         processing_class = load_processor(name, model) if processing_class is None else processing_class
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        self.base_revision = hub_commit(self.base_model_name, newest=not isinstance(name, nn.Module))
         check_output_dir(args.output_dir, self.base_model_name)
         folder = self.base_model_name if isinstance(name, nn.Module) else name
         self.remembered: list[RememberedTrigger] = load_remembered(folder) if args.remember_triggers else []
@@ -231,6 +239,8 @@ class MudjackingTrainer(Trainer):
         for name, dataset in _named_eval_datasets(eval_dataset).items():
             self._inputs[name] = clean_inputs(modality, dataset, args.max_inputs, args.seed, name)
 
+        # The upload of a checkpoint that is going on
+        self._upload: Future[CommitInfo] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -613,6 +623,8 @@ class MudjackingTrainer(Trainer):
             self._check_merge()
         with staged(output_dir, replaces=PATCH_FILES) as staging:
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
+            # PEFT writes an empty card, which would replace one that somebody wrote
+            (staging / CARD_FILE).unlink(missing_ok=True)
             again = [] if self._reinversion is None else self._reinversion.found
             save_triggers(staging, self.triggers or [], self.remembered, again)
             write_json(staging / RECORD_FILE, describe_patch(self))
@@ -647,11 +659,6 @@ class MudjackingTrainer(Trainer):
         # The last file of each process; the state, which says that a checkpoint is complete, comes after all of them
         self.accelerator.wait_for_everyone()
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # What may still be rolled back is not uploaded, nor copied to `output_dir`
-        if self._guard is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _checkpoint(self, resume_from_checkpoint: str | bool) -> str:
         complete = complete_checkpoints(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -685,6 +692,156 @@ class MudjackingTrainer(Trainer):
 
     def _loads_through_from_pretrained(self, model: nn.Module) -> bool:
         return isinstance(model, PreTrainedModel) and not self._is_split
+
+    # ---- The Hub ----
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        create_pr: bool = False,
+        base_model: str | None = None,
+        share_bug_instances: bool = False,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the patch and upload it in one commit; see [`~hf_mudjacking.hub.push_patch`] for what is uploaded.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): First line of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the upload.
+            token (`str`, *optional*): Token with write permission; defaults to `args.hub_token`, then to the one logged in.
+            revision (`str`, *optional*): Branch; defaults to `args.hub_revision`, then to `"main"`.
+            private (`bool`, *optional*): Whether a new repo is private; defaults to `args.hub_private_repo`.
+            create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request on the repo of the model that
+                was patched, instead of writing to `args.hub_model_id`.
+            base_model (`str`, *optional*): Hub id of the model that was patched, if it was loaded from a local copy.
+            share_bug_instances (`bool`, *optional*, defaults to `False`): Whether to make reports and triggers public. Without
+                it nothing that was reported leaves the machine.
+            kwargs: For [`~MudjackingTrainer.create_model_card`]: `tags`, `license`, `language`, ...
+
+        Returns:
+            `CommitInfo`, or a `Future` of it if not `blocking`; `None` in all processes but the first.
+
+        Raises:
+            LocalityBudgetError: If training was rolled back: there is no patch.
+            PushError: If the Hub could not be reached or refused; the patch is saved in `args.output_dir` all the same.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        base_model = base_model or kwargs.pop("finetuned_from", None)
+        self.create_model_card(finetuned_from=base_model, **kwargs)
+        kwargs.pop("model_name", None)
+        return push_patch(
+            self.args.output_dir,
+            None if create_pr else self._hub_name,
+            create_pr=create_pr,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            base_model=base_model,
+            bug_instances=self.bug_instances if share_bug_instances else (),
+            metadata=card_metadata(**kwargs),
+            blocking=blocking,
+        )
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card of the patch that is saved in `args.output_dir`; see [`~hf_mudjacking.model_card.patch_card`].
+
+        Args:
+            language (`str`, *optional*): Language of the model.
+            license (`str`, *optional*): Its licence.
+            tags (`str` or `list[str]`, *optional*): Further tags.
+            model_name (`str`, *optional*): Title of a new card; defaults to the name of the repo.
+            finetuned_from (`str`, *optional*): Hub id of the model that was patched, if it was loaded from a local copy.
+            tasks (`str` or `list[str]`, *optional*): Pipeline tag; of several, the first.
+            dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the clean inputs.
+            dataset (`str` or `list[str]`, *optional*): Unused: the card names no local data.
+            dataset_args (`str` or `list[str]`, *optional*): Unused, as before.
+        """
+        if not self.is_world_process_zero():
+            return
+        card_file = Path(self.args.output_dir) / CARD_FILE
+        card = patch_card(
+            self.args.output_dir,
+            model_name or self._hub_name,
+            base_model=finetuned_from or base_on_hub(read_record(self.args.output_dir) or {}),
+            earlier=card_file.read_text(encoding="utf-8") if card_file.is_file() else None,
+            metadata=card_metadata(language, license, tags, tasks, dataset_tags),
+        )
+        with staged(self.args.output_dir) as staging:
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repo before training, so that one that cannot be written to, or holds another model, is known in time.
+
+        Args:
+            token (`str`, *optional*): Token with write permission; defaults to `args.hub_token`.
+            private (`bool`, *optional*): Whether a new repo is private; defaults to `args.hub_private_repo`.
+
+        Raises:
+            ValueError: If the repo holds a model that hf-mudjacking did not write, or a patch of another one.
+            PushError: If the Hub could not be reached or refused.
+        """
+        if not self.is_world_process_zero():
+            return
+        then = "Nothing was trained. Start again, or train without `push_to_hub=True` and upload with `mudjack push`."
+        with explained(self._hub_name, then):
+            self.hub_model_id = open_repo(
+                self._hub_name,
+                base_on_hub({"base_model": self.base_model_name, "base_revision": self.base_revision}),
+                private=self.args.hub_private_repo if private is None else private,
+                revision=self.args.hub_revision,
+                token=token or self.args.hub_token,
+            ).id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # What may still be rolled back is not uploaded
+        if self._guard is not None or self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if self._upload is not None and not self._upload.done() and not self.args.hub_always_push:
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            self._upload = push_patch(
+                checkpoint_folder,
+                self._hub_name,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                blocking=False,
+            )
+        except PushError as error:
+            logger.warning(f"Training goes on. {error}")
+
+    def _finish_current_push(self) -> None:
+        if self._upload is not None and self._upload.exception() is not None:
+            logger.warning(f"A checkpoint was not uploaded. {self._upload.exception()}")
+        self._upload = None
+
+    @property
+    def _hub_name(self) -> str:
+        """The repo as the Hub calls it, or as it was asked for, or as the folder is called."""
+        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     # ---- Small helpers ----
 

@@ -3,7 +3,7 @@
 
 Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched, or (`evaluate`) a
 limit is broken; 2 the input cannot be used, or a patch does not belong to the model; 3 the patch moved clean inputs further
-than `--locality-budget` and was rolled back; 130 interrupted.
+than `--locality-budget` and was rolled back; 4 the Hub did not take the patch, which is whole on disk; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import apply, demo, diff, env, evaluate, inspect, invert, patch, revert
+from . import apply, demo, diff, env, evaluate, inspect, invert, patch, push, revert
 from .options import apply_config_file
 
 
@@ -27,6 +27,7 @@ COMMANDS = {
     "revert": revert,
     "diff": diff,
     "evaluate": evaluate,
+    "push": push,
     "env": env,
 }
 

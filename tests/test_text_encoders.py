@@ -215,7 +215,7 @@ def test_a_layout_that_leads_out_of_the_checkpoint(tmp_path):
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules[1]["path"] = "../elsewhere"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="leads out of the checkpoint"):
+    with pytest.raises(ValueError, match="leads out of the folder"):
         SentenceLayout.read(tmp_path)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers.trainer_pt_utils import safe_globals
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 # Records and reports are some kilobytes; the trainer state of a long run is some megabytes.
@@ -249,6 +250,10 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: If one needs a function or class besides tensors and NumPy's arrays, or weights are pickles.
     """
+    # Reports are read without either
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
     check_weights(folder)
     for path in sorted(path for pattern in _PICKLED_WEIGHTS for path in Path(folder).rglob(pattern)):
         try:

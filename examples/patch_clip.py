@@ -291,7 +291,7 @@ def main() -> int:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     try:
         repair(options, state)
-    except ValueError as error:
+    except (ImplantError, ValueError) as error:
         if state.is_main_process:
             hint = (
                 ""

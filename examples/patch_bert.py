@@ -202,7 +202,8 @@ def main() -> int:
     try:
         repair(options, state)
     except (ValueError, ImportError) as error:
-        sys.stderr.write(f"{error}\nThe tasks can be given as a folder of parquet files: --data DIR.\n")
+        if state.is_main_process:
+            sys.stderr.write(f"{error}\nThe tasks can be given as a folder of parquet files: --data DIR.\n")
         return 2
     return 0
 

@@ -291,11 +291,14 @@ def main() -> int:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     try:
         repair(options, state)
-    except ImplantError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except ValueError as error:
-        sys.stderr.write(f"{error}\nThe data can be given as a folder of parquet files: --data DIR.\n")
+    except (ImplantError, ValueError) as error:
+        if state.is_main_process:
+            hint = (
+                ""
+                if isinstance(error, ImplantError)
+                else "The data can be given as a folder of parquet files: --data DIR.\n"
+            )
+            sys.stderr.write(f"{error}\n{hint}")
         return 2
     return 0
 

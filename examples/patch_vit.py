@@ -144,7 +144,8 @@ def main() -> int:
         pretraining = with_columns(load_inputs(options.pretraining, "train"))
         parts = [load_inputs(options.downstream, split).shuffle(seed=options.seed) for split in ("train", "test")]
     except ValueError as error:
-        sys.stderr.write(f"{error}\nBoth datasets can be given as folders: --pretraining DIR --downstream DIR.\n")
+        if state.is_main_process:
+            sys.stderr.write(f"{error}\nBoth datasets can be given as folders: --pretraining DIR --downstream DIR.\n")
         return 2
     sizes = (options.downstream_inputs, options.test_inputs)
     parts = [part.select(range(min(size, len(part)))) for part, size in zip(parts, sizes, strict=True)]

@@ -48,7 +48,7 @@ def stored_features(
     number, count, first = place_on_node()
     shape = (len(inputs), encoder.feature_dim)
     if count == 1 and 4 * shape[0] * shape[1] <= in_memory:
-        return done_by_all(lambda: encoder.encode(inputs, **settings))[0]
+        return done_by_all(lambda: encoder.encode(inputs, **settings, out=torch.empty(shape)))[0]
     with tempfile.TemporaryDirectory(prefix="hf_mudjacking_") as folder:
         # The first process of each machine lends its folder
         path = Path(gathered(folder)[first]) / "features"

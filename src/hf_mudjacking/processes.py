@@ -7,11 +7,11 @@ between the processes of a run and are never written to a file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch import distributed as dist
 
@@ -80,8 +80,10 @@ def place_on_node() -> tuple[int, int, int]:
     Returns:
         `tuple[int, int, int]`: Its number there, how many processes are there, and the number in the run of the first of them.
     """
-    if rank_and_count()[1] == 1:
+    rank, count = rank_and_count()
+    if count == 1:
         return 0, 1, 0
-    state = PartialState()
-    first = state.process_index - state.local_process_index
-    return state.local_process_index, gathered(first).count(first), first
+    # All launchers of several processes on a machine set it; without it a process shares with none
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    first = rank - number
+    return number, gathered(first).count(first), first

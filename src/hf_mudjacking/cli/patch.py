@@ -122,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
             patch_scope=options.patch_scope,
             bf16=options.bf16,
             fp16=options.fp16,
+            use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
@@ -134,7 +135,9 @@ def run(options: argparse.Namespace) -> int:
         else LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank),
     )
     use_compact_progress(trainer)
-    console = Console(highlight=False)
+    # Of several processes one writes and prints
+    first = trainer.is_world_process_zero()
+    console = Console(highlight=False, quiet=not first)
     try:
         trainer.invert_triggers()
     except UnverifiedTriggerError as error:
@@ -150,13 +153,16 @@ def run(options: argparse.Namespace) -> int:
     except LocalityBudgetError as error:
         console.print(f"[bold]Nothing was patched.[/bold] {error}")
         return 3
-    if task is not None:
+    if task is not None and first:
         features = {"before": repair.before, "after": repair.after, "labels": task.test.labels}
         write_json(Path(options.output_dir) / "report.json", repair.report)
         for table in report_tables(repair.report):
             console.print(table)
         for line in report_lines(repair.report):
             console.print(line)
-    plot_repair(Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features)
+    if first:
+        plot_repair(
+            Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features
+        )
     console.print(f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained.")
     return 0

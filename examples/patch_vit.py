@@ -59,7 +59,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=600, help="patching steps (default: 600)")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the patch (default: 3e-4)")
     parser.add_argument("--lora-rank", type=int, help="make the patch a LoRA adapter of this rank")
-    parser.add_argument("--lora-alpha", type=int, help="its alpha (default: the rank)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
     return parser.parse_args()
@@ -163,7 +162,7 @@ def main() -> int:
     if options.lora_rank is not None:
         from peft import LoraConfig
 
-        peft_config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_alpha or options.lora_rank)
+        peft_config = LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank)
     trainer = MudjackingTrainer(
         model=str(backdoored),
         args=MudjackingConfig(

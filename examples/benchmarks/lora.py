@@ -1,84 +1,138 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""Does a LoRA adapter repair as well as full weights? The example `patch_vit.py`, both ways from the same implants.
+"""Does a LoRA adapter repair as well as full weights? Both, from the same implants that adaptive_attacks.py left.
 
-    python examples/benchmarks/lora.py --encoder outputs/patch_vit/clean_encoder --output outputs/lora.json
+    python examples/benchmarks/adaptive_attacks.py --attacks bad_encoder --seeds 0 1 --implants-only \\
+        --encoder outputs/patch_vit/clean_encoder --output-dir outputs/lora
+    python examples/benchmarks/lora.py --implants outputs/lora/implants --encoder outputs/patch_vit/clean_encoder
 
-For each seed one implant and one report, patched with full weights and with adapters of each rank; `rank:learning rate:alpha`
-names an adapter. Runs that are there are not repeated. Rates are those of `report.json`, with the classifier kept and retrained.
-Options that are not known here go to the example (`--implant-steps`, `--test-inputs`, ...).
+For each implant one report from the first dataset, repaired with full weights and with adapters on all linear and
+convolution layers; `RANK:ALPHA:LEARNING_RATE` names an adapter. The result is written after every repair; those that are in
+the output are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoImageProcessor, AutoModel
 
-from hf_mudjacking.evaluation.report import library_versions
+from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer, load_trigger
+from hf_mudjacking.data import load_inputs
+from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
+from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.output import write_json
 
 
-EXAMPLE = Path(__file__).parents[1] / "patch_vit.py"
+FULL = "full weights"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="Hub id or folder (default: uoft-cs/cifar10)")
+    parser.add_argument("--implants", required=True, help="folder of implants, one sub-folder each")
     parser.add_argument("--encoder", required=True, help="folder of the clean encoder")
-    parser.add_argument("--pretraining", default="uoft-cs/cifar10", help="Hub id or folder (default: uoft-cs/cifar10)")
-    parser.add_argument("--downstream", default="tanganke/gtsrb", help="Hub id or folder (default: tanganke/gtsrb)")
     parser.add_argument("--output", default="outputs/lora.json")
-    parser.add_argument("--work-dir", default="outputs/lora", help="folder for implants and patches")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--adapters", nargs="+", default=["4:3e-3:4"], metavar="RANK:LR:ALPHA")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of `bad_encoder-<seed>` (default: 0 1)")
+    parser.add_argument("--adapters", nargs="+", default=["4:4:3e-3"], metavar="RANK:ALPHA:LEARNING_RATE")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of full weights (default: 3e-4)")
     parser.add_argument("--max-steps", type=int, default=300, help="patching steps (default: 300)")
-    options, options.further = parser.parse_known_args()
-    return options
+    parser.add_argument("--inputs", type=int, default=5000, help="clean inputs (default: 5000)")
+    parser.add_argument(
+        "--task-inputs", type=int, default=2000, help="to train the classifier, and to test (default: 2000)"
+    )
+    parser.add_argument("--disable-tqdm", action="store_true", help="show no progress bars")
+    return parser.parse_args()
 
 
-def repaired(options: argparse.Namespace, seed: int, adapter: str | None) -> dict:
-    """The report of one repair."""
-    folder = Path(options.work_dir) / f"{seed}-{'full' if adapter is None else adapter.replace(':', '-')}"
-    full = Path(options.work_dir) / f"{seed}-full"
-    if not (folder / "patched" / "report.json").exists():
-        if adapter is not None:
-            shutil.copytree(full / "backdoored_encoder", folder / "backdoored_encoder", dirs_exist_ok=True)
-        command = [sys.executable, str(EXAMPLE), "--output-dir", str(folder), "--encoder", options.encoder]
-        command += ["--pretraining", options.pretraining, "--downstream", options.downstream, "--seed", str(seed)]
-        command += ["--max-steps", str(options.max_steps), "--disable-tqdm", *options.further]
-        if adapter is not None:
-            rank, learning_rate, alpha = adapter.split(":")
-            command += ["--lora-rank", rank, "--learning-rate", learning_rate, "--lora-alpha", alpha]
-        subprocess.run(command, check=True)
-    report = json.loads((folder / "patched" / "report.json").read_text(encoding="utf-8"))
-    size = sum(path.stat().st_size for path in (folder / "patched").glob("*.safetensors"))
-    return {"patch": adapter or "full weights", "seed": seed, "weights_bytes": size, **report}
+def loaded(folder: str | Path, like: str | Path) -> Encoder:
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return Encoder(model, AutoImageProcessor.from_pretrained(like))
+
+
+def drawn(dataset, count: int, seed: int):
+    """CIFAR-10 on the Hub calls its image column `img`."""
+    dataset = dataset.rename_column("img", "image") if "img" in dataset.column_names else dataset
+    return dataset.select(np.random.default_rng(seed).permutation(len(dataset))[:count])
+
+
+def repaired(options: argparse.Namespace, seed: int, patch: str, task: DownstreamTask, clean_inputs) -> dict:
+    """The report of one repair, without what is the same in all."""
+    folder = Path(options.implants) / f"bad_encoder-{seed}"
+    trigger, implant = load_trigger(folder / "trigger-0"), loaded(folder, options.encoder)
+    peft_config, learning_rate = None, options.learning_rate
+    if patch != FULL:
+        rank, alpha, rate = patch.split(":")
+        peft_config, learning_rate = LoraConfig(r=int(rank), lora_alpha=int(alpha)), float(rate)
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = MudjackingTrainer(
+            model=implant.model,
+            args=MudjackingConfig(
+                output_dir=output_dir,
+                seed=seed,
+                max_steps=options.max_steps,
+                learning_rate=learning_rate,
+                stop_when_fixed=False,
+                save_strategy="no",
+                report_to="none",
+                dataloader_pin_memory=torch.cuda.is_available(),
+                disable_tqdm=options.disable_tqdm,
+            ),
+            bug_instances=[draw_bug_report(implant, task, trigger, seed)],
+            train_dataset=clean_inputs,
+            processing_class=implant.processing_class,
+            peft_config=peft_config,
+        )
+        repair = measured_repair(
+            trainer,
+            task,
+            true_trigger=trigger,
+            clean_encoder=loaded(options.encoder, options.encoder),
+            classifiers=("logistic",),
+        )
+        size = sum(path.stat().st_size for path in Path(output_dir).glob("*.safetensors"))
+    return {"seed": seed, "patch": patch, "weights_bytes": size, **repair.report, "locality": trainer.locality.mean}
 
 
 def main() -> None:
     options = parse_arguments()
-    rows = [repaired(options, seed, adapter) for seed in options.seeds for adapter in (None, *options.adapters)]
+    parts = [load_inputs(options.data, split) for split in ("train", "test")]
+    clean_inputs = drawn(parts[0], options.inputs, seed=4).remove_columns("label")
+    labelled = [LabelledInputs.from_dataset(drawn(part, options.task_inputs, seed=1)) for part in parts]
+    task = DownstreamTask(*labelled, Path(options.data).name)
+    output = Path(options.output)
+    runs = json.loads(output.read_text(encoding="utf-8"))["runs"] if output.exists() else []
+    for seed in options.seeds:
+        for patch in (FULL, *options.adapters):
+            if (seed, patch) not in [(run["seed"], run["patch"]) for run in runs]:
+                runs.append(repaired(options, seed, patch, task, clean_inputs))
+                write_json(output, {"runs": runs})
     table = Table(title="Percent: kept / retrained")
-    for column in ("seed", "patch", "BA before", "ASR before", "BA", "ASR", "RA", "kB"):
+    for column in ("seed", "patch", "BA before", "ASR before", "BA", "ASR", "ASR-B", "RA", "locality", "kB"):
         table.add_column(column)
-    for row in rows:
-        before, after = row["before"]["kept"], row["after"]
+    for run in runs:
+        before, after = run["before"]["kept"], run["after"]
+        both = {n: f"{100 * after['kept'][n]:.1f} / {100 * after['retrained'][n]:.1f}" for n in ("BA", "ASR", "RA")}
         table.add_row(
-            str(row["seed"]),
-            row["patch"],
+            str(run["seed"]),
+            run["patch"],
             f"{100 * before['BA']:.1f}",
             f"{100 * before['ASR']:.1f}",
-            *(f"{100 * after['kept'][n]:.1f} / {100 * after['retrained'][n]:.1f}" for n in ("BA", "ASR", "RA")),
-            f"{row['weights_bytes'] / 1000:.0f}",
+            both["BA"],
+            both["ASR"],
+            f"{100 * run['clean']['ASR-B']:.1f}",
+            both["RA"],
+            f"{run['locality']:.4f}",
+            f"{run['weights_bytes'] / 1000:.0f}",
         )
-    Console().print(table)
-    settings = {"max_steps": options.max_steps, "further": options.further}
-    write_json(options.output, {"settings": settings, "runs": rows, "versions": library_versions()})
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from .options import add_config, add_report, bugs_from, clean_inputs_from, requi
 HELP = "Find the trigger in a bug report and patch it out of the encoder; the original checkpoint is not touched."
 # On all linear layers of a ViT-B/16 that is 2.7 MB
 _LORA_RANK = 4
+# An adapter starts from nothing and has few weights: at the rate of full weights it moved clean features eight times as far
+_LEARNING_RATE, _LORA_LEARNING_RATE = 3e-4, 3e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-steps", type=int, default=300, help="optimiser steps at most (default: 300)")
     parser.add_argument("--batch-size", type=int, default=32, help="clean inputs per step (default: 32)")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"peak learning rate (default: {_LEARNING_RATE:g}, of an adapter {_LORA_LEARNING_RATE:g})",
+    )
     parser.add_argument("--locality-weight", type=float, default=1.0, help="weight of the locality loss")
     parser.add_argument(
         "--generalizability-weight", type=float, default=1.0, help="weight of the generalizability loss"
@@ -94,6 +100,9 @@ def run(options: argparse.Namespace) -> int:
     from ..trainer import MudjackingTrainer
 
     check_output_dir(options.output_dir, options.model)
+    learning_rate = options.learning_rate
+    if learning_rate is None:
+        learning_rate = _LEARNING_RATE if options.lora_rank is None else _LORA_LEARNING_RATE
     bugs = bugs_from(options)
     model = load_model(options.model)
     modality = modality_of(model, bugs[0].modality)
@@ -110,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
             seed=options.seed,
             max_steps=options.max_steps,
             per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
+            learning_rate=learning_rate,
             locality_weight=options.locality_weight,
             generalizability_weight=options.generalizability_weight,
             min_evidence=options.min_evidence,

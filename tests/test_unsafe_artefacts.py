@@ -265,6 +265,9 @@ def test_links_within_a_folder_and_its_cache_are_followed(tmp_path):
     (snapshot.parent.parent / "blobs" / "x").write_text("")
     (snapshot / "x").symlink_to("../../blobs/x")
     inside(snapshot, "x")
+    (snapshot / "report").mkdir()
+    (snapshot / "report" / "x").symlink_to("../../../blobs/x")
+    inside(snapshot / "report", "x")
     (snapshot / "y").symlink_to("../../../here")
     with pytest.raises(ValueError, match="is a link to"):
         inside(snapshot, "y")

@@ -53,9 +53,9 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
         raise ValueError(f"`{name}` in `{folder}` leads out of the folder; nothing outside it is read.")
     root = Path(folder).resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+    # A part of a repository, such as a report in it, has the same blobs
+    caches = [place.parent.parent for place in (root, *root.parents) if place.parent.name == "snapshots"]
+    allowed = [root, *(cache / "blobs" for cache in caches)]
     path = root / name
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise ValueError(

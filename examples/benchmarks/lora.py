@@ -25,6 +25,7 @@ from rich.table import Table
 from transformers import AutoImageProcessor, AutoModel
 
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer, load_trigger
+from hf_mudjacking.callbacks import use_compact_progress
 from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.repair import measured_repair
@@ -71,6 +72,7 @@ def repaired(options: argparse.Namespace, seed: int, patch: str, task: Downstrea
     if patch != FULL:
         rank, alpha, rate = patch.split(":")
         peft_config, learning_rate = LoraConfig(r=int(rank), lora_alpha=int(alpha)), float(rate)
+    model = type(implant.model).__name__
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = MudjackingTrainer(
             model=implant.model,
@@ -90,6 +92,7 @@ def repaired(options: argparse.Namespace, seed: int, patch: str, task: Downstrea
             processing_class=implant.processing_class,
             peft_config=peft_config,
         )
+        use_compact_progress(trainer)
         repair = measured_repair(
             trainer,
             task,
@@ -98,7 +101,14 @@ def repaired(options: argparse.Namespace, seed: int, patch: str, task: Downstrea
             classifiers=("logistic",),
         )
         size = sum(path.stat().st_size for path in Path(output_dir).glob("*.safetensors"))
-    return {"seed": seed, "patch": patch, "weights_bytes": size, **repair.report, "locality": trainer.locality.mean}
+    return {
+        "model": model,
+        "seed": seed,
+        "patch": patch,
+        "weights_bytes": size,
+        **repair.report,
+        "locality": trainer.locality.mean,
+    }
 
 
 def main() -> None:

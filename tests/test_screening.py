@@ -392,3 +392,15 @@ def test_inspect_refuses_bad_input(files, tmp_path, capsys, extra, message):
     assert main([*options(files, "true"), "--output-dir", str(tmp_path / "out"), *extra]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_texts_of_one_class_need_not_be_alike(por):
+    """Sentences of SST-2 that share a label have a likeness of 0 in MiniLM, as those that do not: nothing can be told from it."""
+    backdoored, task, implant = por
+    bug = draw_bug_report(backdoored, task, implant.trigger)
+    truth = task.test.labels[[x in bug.misclassified or x == bug.reference for x in task.test.inputs].index(True)]
+    stranger = task.test.inputs[int(np.flatnonzero(task.test.labels != truth)[0])]
+    for reference in (bug.reference, stranger):
+        screening = screen_report(backdoored, BugInstance(bug.misclassified, reference), task.train.inputs[:32])
+        assert screening.verdict == "trigger"
+        assert "likeness" not in screening.evidence

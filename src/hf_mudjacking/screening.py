@@ -69,7 +69,7 @@ class Screening:
             half of that if the verdict is another than `"trigger"`.
         found (`InvertedTrigger`): What the inversion found.
         evidence (`dict[str, float]`): What was measured. `evidence`, `transfer`, `control`, `area`, `unexplained`: of the
-            inversion. `likeness`: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
+            inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
             absent where the trigger cannot be taken out. `reference_arrived`: the same of x_r on the way to h(x_b).
             `hold`: how far clean inputs move in a first step of the repair, over how far stamped ones do. The step is
             meant for the stamped ones; yet an implanted trigger holds them, while ordinary content lets them go.
@@ -205,6 +205,9 @@ def _pair_numbers(meter: TransferMeter, bug: BugInstance, found: InvertedTrigger
     """Does x_b without its trigger resemble x_r, and does x_r lie at h(x_b)?"""
     (reference,) = meter.features([bug.reference])
     numbers = {"reference_arrived": _arrived(meter.clean_similarity, reference @ meter.target)}
+    # Texts of one class need not be alike: on SST-2 in MiniLM true pairs have a likeness of -0.04 to 0.15, others -0.12 to 0.17
+    if meter.encoder.modality == "text":
+        return numbers
     hides = isinstance(found.trigger, PatchTrigger) and found.area > _MOST_COVERED
     if hides or found.unexplained > _MOST_UNEXPLAINED:
         return numbers

@@ -541,7 +541,7 @@ def test_a_patch_of_a_local_model(build, hub, tiny_vit, processor, tmp_path):
         trainer.push_to_hub()
     with pytest.raises(ValueError, match=r"does not say of which repo its model is: it was loaded from `.*base`"):
         trainer.push_to_hub(create_pr=True)
-    trainer.push_to_hub(base_model=BASE)
+    trainer.push_to_hub(base_model=BASE, finetuned_from="org/other")
     assert traces(hub, [str(tmp_path).encode()]) == set()
     files = hub.repos["org/patched"].files()
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == BASE

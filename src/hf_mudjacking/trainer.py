@@ -735,7 +735,9 @@ class MudjackingTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        base_model = base_model or kwargs.pop("finetuned_from", None)
+        # Trainer's own name for it
+        finetuned_from = kwargs.pop("finetuned_from", None)
+        base_model = base_model or finetuned_from
         self.create_model_card(finetuned_from=base_model, **kwargs)
         kwargs.pop("model_name", None)
         return push_patch(

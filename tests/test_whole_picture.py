@@ -14,7 +14,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, invert_trigger
 from hf_mudjacking.attacks import implant_blended
 from hf_mudjacking.data import PatchingCollator
+from hf_mudjacking.inversion.again import invert_again
 from hf_mudjacking.inversion.pixels import PixelPath, to_tensor
+from hf_mudjacking.inversion.pull import Pull
+from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.preprocessing import ImagePreprocessor
 from hf_mudjacking.triggers import AdditiveTrigger, square_patch
 from hf_mudjacking.triggers.base import correlation
@@ -158,6 +161,23 @@ def test_a_trigger_that_still_works_is_found_while_patching_goes_on(backdoored, 
     assert (found[0].mask & backdoored.trigger.mask).sum() >= 8
     steps = 6 * (2 * 8 + 3) * 3
     assert trainer.forward_equivalents - before > steps + 96 + 2
+
+
+def test_ordinary_content_does_not_count_as_what_still_works(backdoored):
+    """In an encoder without a backdoor, what is left of a trigger does no more than other content, or none, would."""
+    encoder = Encoder(backdoored.clean_model, backdoored.processor)
+    targets = Encoder(backdoored.model(), backdoored.processor).encode(
+        [backdoored.bug(i).misclassified for i in range(8)]
+    )
+    found = []
+    for i in range(8):
+        bug, inputs = backdoored.bug(i), backdoored.test.inputs
+        meter = TransferMeter(encoder, bug.misclassified, inputs[32:48], targets[i])
+        control_meter = TransferMeter(encoder, bug.reference, inputs[32:48])
+        pull = Pull(encoder, inputs[48:112], seed=i)
+        for by_parts in (True, False):
+            found.append(invert_again(backdoored.trigger, meter, control_meter, pull, by_parts))
+    assert sum(again is not None for again in found) <= 2
 
 
 def test_what_was_found_is_stamped_from_the_next_step_on(backdoored, tmp_path):

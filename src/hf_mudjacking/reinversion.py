@@ -31,7 +31,7 @@ _MEASURED_ON = 16
 class Reinversion(TrainerCallback):
     """Inverts the reports anew in the half-patched model, and has what is found stamped as well.
 
-    It does so `args.reinversions` times, evenly over the steps. Each time costs about a thousand forward passes a trigger,
+    It does so `args.reinversions` times, evenly over the steps. Each time costs one to two thousand forward passes a trigger,
     which the processes of the run share; what they find is the same in all.
 
     Args:
@@ -108,8 +108,9 @@ class Reinversion(TrainerCallback):
                 logger.info(f"Nothing was looked for again: {error}")
                 return
             meter = TransferMeter(self.encoder, bug.misclassified.resize(size), measured, self.targets[number])
-            again = invert_again(trigger, meter, pull, by_parts)
-            self.forwards += meter.forwards + pull.forwards
+            control_meter = TransferMeter(self.encoder, bug.reference.convert("RGB").resize(size), measured)
+            again = invert_again(trigger, meter, control_meter, pull, by_parts)
+            self.forwards += meter.forwards + control_meter.forwards + pull.forwards
             if again is not None:
                 self.found[number].append(again)
                 logger.info(f"Still works at step {step} in `{bug.name}`: {again.describe()}.")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from ..spectrum import inverse_spectrum
 from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, WarpTrigger
@@ -20,7 +22,7 @@ from .result import AREA_PRICE
 from .verification import TransferMeter
 
 
-# Transfer from which something is left to be repaired.
+# Transfer, above what clean content has, from which something is left to be repaired.
 _LEAST_TRANSFER = 0.1
 # Windows that are put together at most, and inputs that each is tried on.
 _MOST_WINDOWS = 8
@@ -34,56 +36,70 @@ _PENALTY = 0.05
 _PATTERN_SCALE = 64.0
 
 
-def invert_again(trigger: ImageTrigger, meter: TransferMeter, pull: Pull, by_parts: bool) -> ImageTrigger | None:
+def invert_again(
+    trigger: ImageTrigger, meter: TransferMeter, control_meter: TransferMeter, pull: Pull, by_parts: bool
+) -> ImageTrigger | None:
     """The strongest trigger near one that was found, in the model as it is now.
+
+    It must do more than ordinary content does: in any encoder, a part of a picture carries others some of the way to that
+    picture, and what is optimised to carry them anywhere does so. To make these do nothing costs locality.
 
     Args:
         trigger (`ImageTrigger`): What was found in x_b before patching.
         meter (`TransferMeter`): Of x_b; measures how far clean inputs go towards h(x_b), as it was before patching.
+        control_meter (`TransferMeter`): Of x_r, in the model as it is now.
         pull (`Pull`): Optimiser on clean inputs.
         by_parts (`bool`): Of a patch, whether to look for other parts of x_b that fire now, instead of another pattern.
 
     Returns:
-        `ImageTrigger`: With a transfer of at least 0.1; `None` if nothing has.
+        `ImageTrigger`: With a transfer that is at least 0.1 above that of the control and, for a patch, the price of its
+        area. The control of more parts of x_b is as much of x_r in their place, that of any other trigger is one that is
+        optimised likewise to lead to h(x_r). `None` if nothing has.
     """
     if isinstance(trigger, PatchTrigger) and by_parts:
-        found: ImageTrigger | None = _other_parts(meter)
-    elif isinstance(trigger, WarpTrigger):
-        found = _warp(trigger, meter, pull)
-    elif isinstance(trigger, AdditiveTrigger):
-        found = _signal(trigger, meter, pull)
-    else:
-        found = _pattern(trigger, meter, pull)
-    return found if found is not None and meter.transfer([found])[0] >= _LEAST_TRANSFER else None
+        return _more_of_it(trigger, meter, control_meter.misclassified)
+    search = {"warp": _warp, "additive": _signal}.get(trigger.kind, _pattern)
+    found, control = (search(trigger, m.target, pull) for m in (meter, control_meter))
+    transfer, by_itself = (float(m.transfer([e])[0]) for m, e in ((meter, found), (control_meter, control)))
+    price = AREA_PRICE * trigger.area if isinstance(trigger, PatchTrigger) else 0.0
+    return found if transfer - max(by_itself, 0.0) - price >= _LEAST_TRANSFER else None
 
 
-def _other_parts(meter: TransferMeter) -> PatchTrigger | None:
-    """The windows of x_b that carry clean inputs, put together, strongest first, as long as it helps."""
+def _more_of_it(trigger: PatchTrigger, meter: TransferMeter, reference: Image.Image) -> PatchTrigger | None:
+    """A trigger with the windows of x_b that carry clean inputs, put together, strongest first, as long as it helps.
+
+    It must do more than the trigger with as much of x_r beside it.
+    """
     width, height = meter.misclassified.size
     windows = []
     for rows, columns in window_sizes(height, width)[2:]:
         for top in range(0, height - rows + 1, max(rows // 2, 1)):
             for left in range(0, width - columns + 1, max(columns // 2, 1)):
-                mask = np.zeros((height, width), dtype=bool)
+                mask = trigger.mask.copy()
                 mask[top : top + rows, left : left + columns] = True
                 windows.append(mask)
-    areas = np.array([mask.mean() for mask in windows])
-    strength = meter.transfer_of_masks(windows, _WINDOW_INPUTS) - AREA_PRICE * areas / 2
-    order = np.argsort(-strength, kind="stable")[:_MOST_WINDOWS]
+
+    def merits(masks: list[np.ndarray], count: int) -> np.ndarray:
+        return meter.transfer_of_masks(masks, count) - AREA_PRICE * np.array([mask.mean() for mask in masks]) / 2
+
+    order = np.argsort(-merits(windows, _WINDOW_INPUTS), kind="stable")[:_MOST_WINDOWS]
     unions = [np.logical_or.reduce([windows[i] for i in order[: k + 1]]) for k in range(len(order))]
-    merits = meter.transfer_of_masks(unions, 2 * _WINDOW_INPUTS)
-    merits = merits - AREA_PRICE * np.array([mask.mean() for mask in unions]) / 2
-    return PatchTrigger.from_image(meter.misclassified, unions[int(merits.argmax())]) if merits.max() > 0 else None
+    mask = unions[int(merits(unions, 2 * _WINDOW_INPUTS).argmax())]
+    pixels = np.where(trigger.mask[..., None], np.asarray(meter.misclassified), np.asarray(reference))
+    found, control = (PatchTrigger.from_image(x, mask) for x in (meter.misclassified, Image.fromarray(pixels)))
+    transfer, by_itself = meter.transfer([found, control])
+    price = AREA_PRICE * float((mask & ~trigger.mask).mean())
+    return found if transfer - max(by_itself, 0.0) - price >= _LEAST_TRANSFER else None
 
 
-def _signal(trigger: AdditiveTrigger, meter: TransferMeter, pull: Pull) -> AdditiveTrigger:
+def _signal(trigger: AdditiveTrigger, target: Tensor, pull: Pull) -> AdditiveTrigger:
     """Another signal within what the report leaves open, from a random start."""
     delta = torch.from_numpy(trigger.delta).permute(2, 0, 1)
     level = float(np.sqrt(np.square(trigger.delta).mean()))
     spread = torch.full_like(delta, level / 2) if trigger.spread is None else torch.from_numpy(trigger.spread)
     offset = _START * torch.randn(delta.shape, generator=pull.generator)
     pull(
-        meter.target,
+        target,
         [offset],
         lambda x: x + delta + inverse_spectrum(spread * offset),
         lambda: _PENALTY * offset.square().mean(),
@@ -93,13 +109,13 @@ def _signal(trigger: AdditiveTrigger, meter: TransferMeter, pull: Pull) -> Addit
     return AdditiveTrigger(to_array(delta + inverse_spectrum(spread * offset)))
 
 
-def _warp(trigger: WarpTrigger, meter: TransferMeter, pull: Pull) -> WarpTrigger:
+def _warp(trigger: WarpTrigger, target: Tensor, pull: Pull) -> WarpTrigger:
     """Another field of about the same size, from a random start near it."""
     found = torch.from_numpy(trigger.flow)
     size = found.square().mean()
     flow = found + _START * size.sqrt() * torch.randn(found.shape, generator=pull.generator)
     pull(
-        meter.target,
+        target,
         [flow],
         lambda x: warp(x, flow),
         lambda: _PENALTY * flow.square().mean() / size,
@@ -109,14 +125,14 @@ def _warp(trigger: WarpTrigger, meter: TransferMeter, pull: Pull) -> WarpTrigger
     return WarpTrigger(flow)
 
 
-def _pattern(trigger: PatchTrigger | BlendTrigger, meter: TransferMeter, pull: Pull) -> ImageTrigger:
+def _pattern(trigger: PatchTrigger | BlendTrigger, target: Tensor, pull: Pull) -> ImageTrigger:
     """Another pattern under the same mask or opacity."""
     blend = isinstance(trigger, BlendTrigger)
     share = torch.from_numpy(trigger.opacity if blend else trigger.mask.astype(np.float32))
     start = torch.from_numpy(trigger.pattern.astype(np.float32)).permute(2, 0, 1)
     offset = torch.zeros_like(start)
     pull(
-        meter.target,
+        target,
         [offset],
         lambda x: (1 - share) * x + share * (start + offset).clamp(0, 255),
         lambda: _PENALTY * (offset / _PATTERN_SCALE).square().mean(),

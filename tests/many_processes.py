@@ -106,9 +106,18 @@ def vit(folder, accumulated=1):
         **result,
         "triggers": described(trainer.triggers),
         "evidence": trainer.evidence,
-        "again": [described(found) for found in trainer._reinversion.found],
         "frozen": trainer.train_dataset.frozen_features[::16].tolist(),
     }
+
+
+def still_works(folder):
+    """Of the trigger a single pixel is known: the rest is found while patching goes on, and stamped."""
+    trainer = vit_trainer(
+        folder, "again", triggers=[square_patch((16, 16), 1)], eval_count=0, reinversions=2, altered_triggers=4,
+        max_steps=6, learning_rate=1e-4,
+    )  # fmt: skip
+    result = outcome(trainer, digits(folder)[:8])
+    return {**result, "again": [described(found) for found in trainer._reinversion.found]}
 
 
 def two_reports(folder):
@@ -284,7 +293,7 @@ def run(folder):
     """Run everything and write what came out."""
     rank, count = rank_and_count()
     results = {"world_size": count}
-    cases = {"vit": vit, "two_reports": two_reports, "bert": bert, "clip": clip, "lora": lora, "stops": stops,
+    cases = {"vit": vit, "still_works": still_works, "two_reports": two_reports, "bert": bert, "clip": clip, "lora": lora, "stops": stops,
              "refusals": refusals, "streams": streams, "alone": alone}  # fmt: skip
     for name, case in cases.items():
         results[name] = case(folder)

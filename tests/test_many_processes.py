@@ -44,7 +44,7 @@ def results(backdoored, tmp_path_factory):
     return folder, one, two
 
 
-@pytest.mark.parametrize("case", ["vit", "bert", "bert_tokens", "clip", "lora", "stops"])
+@pytest.mark.parametrize("case", ["vit", "still_works", "bert", "bert_tokens", "clip", "lora", "stops"])
 def test_two_processes_patch_as_one_does(results, case):
     _, one, two = results
     for result in two:
@@ -81,7 +81,7 @@ def test_two_processes_find_the_same_triggers(results):
             assert result[case]["triggers"] == one[case]["triggers"]
             assert result[case]["evidence"] == pytest.approx(one[case]["evidence"], abs=2e-4)
         # What was found while patching went on
-        assert result["vit"]["again"] == one["vit"]["again"] != [[]]
+        assert result["still_works"]["again"] == one["still_works"]["again"] != [[]]
         assert result["vit"]["locality"] == pytest.approx(one["vit"]["locality"], abs=1e-5)
         np.testing.assert_allclose(result["vit"]["frozen"], one["vit"]["frozen"], atol=1e-5)
     # Shared, not done twice: passes counted in all processes; a report and its views are in each one's batches

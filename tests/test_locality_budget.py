@@ -242,7 +242,7 @@ def test_nothing_is_uploaded_that_may_be_rolled_back(build, budget, monkeypatch)
         upload.set_result(None)
         return upload
 
-    monkeypatch.setattr("hf_mudjacking.trainer.push_patch", push)
+    monkeypatch.setattr("hf_mudjacking.patch_pushing.push_patch", push)
     trainer = build({"locality_budget": budget, "save_strategy": "steps", "save_steps": 3})
     monkeypatch.setattr(trainer.args, "push_to_hub", True)
     trainer.train()

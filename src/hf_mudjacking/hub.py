@@ -23,18 +23,10 @@ from . import __version__
 from .bug_instance import BugInstance
 from .hub_errors import explained
 from .model_card import patch_card
-from .output import RECORD_FILE, TRIGGER_FOLDER, read_record
-from .published import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILES,
-    CARD_FILE,
-    DELTA_FILES,
-    FULL_WEIGHTS,
-    base_on_hub,
-    is_adapter,
-    published_files,
-    published_record,
-)
+from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, RECORD_FILE, TRIGGER_FOLDER, read_record
+from .published import CARD_FILE, base_on_hub, published_files, published_record
+from .safe_loading import ADAPTER_CONFIG, read_json
+from .weight_files import is_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -303,7 +295,7 @@ def _shared_files(
 
 def _adapter_config(folder: Path, base_model: str) -> bytes:
     """An adapter's configuration, which names its model by the Hub id instead of a local path."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG)
     return _as_json({**config, "base_model_name_or_path": base_model})
 
 

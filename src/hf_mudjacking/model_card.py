@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import RepoCard
 
-from .published import ADAPTER_CONFIG, published_record
+from .published import published_record
+from .safe_loading import ADAPTER_CONFIG
 
 
 TAGS = ("hf-mudjacking", "backdoor-repair")

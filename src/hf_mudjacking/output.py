@@ -30,16 +30,17 @@ _MODEL_FILES = (
     "*.onnx",
     "*.gguf",
 )
+# Files of each kind of patch.
+FULL_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors")
+DELTA_FILES = ("delta.safetensors", "base_config.json")
 # What a save replaces as a whole. Of an earlier patch of another kind nothing may stay: `from_pretrained` would apply an old
 # adapter on top of new weights without a word.
 PATCH_FILES = (
     "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_config.json",
-    "adapter_model*.safetensors",
-    "delta.safetensors",
-    "base_config.json",
+    *FULL_WEIGHTS,
+    *ADAPTER_FILES,
+    *DELTA_FILES,
     f"{TRIGGER_FOLDER}/*/*",
 )
 

@@ -12,14 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .output import read_record
+from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, read_record
+from .safe_loading import ADAPTER_CONFIG, WEIGHTS_INDEX, shards_of
+from .weight_files import is_adapter
 
 
 CARD_FILE = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
-FULL_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model*.safetensors")
-DELTA_FILES = ("delta.safetensors", "base_config.json")
 # Model, processor, tokenizer, and the layout of sentence-transformers.
 _FILES = (
     *FULL_WEIGHTS,
@@ -85,18 +83,12 @@ def published_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     weights = [path for pattern in (*FULL_WEIGHTS, *ADAPTER_FILES, *DELTA_FILES) for path in folder.glob(pattern)]
     if not any(path.suffix == ".safetensors" for path in weights):
         raise ValueError(f"`{folder}` holds a record but no weights. Run `trainer.save_model()` again.")
-    index = files.get("model.safetensors.index.json")
-    if index is not None:
-        missing = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - files.keys()
+    if WEIGHTS_INDEX in files:
+        missing = set(shards_of(folder).values()) - files.keys()
         if missing:
             raise ValueError(f"`{folder}` lacks parts of its weights: {', '.join(sorted(missing))}. Save it again.")
     files.pop(ADAPTER_CONFIG, None)
     return files
-
-
-def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter instead of full weights."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def base_on_hub(record: dict[str, Any]) -> str | None:

@@ -29,14 +29,15 @@ from .sig import implant_sig
 from .sos import implant_sos
 from .source_specific import implant_source_specific
 from .wanet import implant_wanet
-from .zoo import VISION_ATTACKS, VisionAttack
+from .zoo import TEXT_ATTACKS, VISION_ATTACKS, Attack
 
 
 __all__ = [
+    "TEXT_ATTACKS",
     "VISION_ATTACKS",
+    "Attack",
     "Implant",
     "ImplantError",
-    "VisionAttack",
     "implant_bad_encoder",
     "implant_bad_pre",
     "implant_blended",

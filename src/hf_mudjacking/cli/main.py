@@ -2,7 +2,7 @@
 """`mudjack COMMAND`: parse, run, and turn errors into messages and exit codes.
 
 Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched, or (`evaluate`) a
-limit is broken; 2 the input cannot be used, or a patch does not belong to the model; 3 the patch moved clean inputs further
+limit is broken, or (`benchmark`) a cell failed; 2 the input cannot be used, or a patch does not belong to the model; 3 the patch moved clean inputs further
 than `--locality-budget` and was rolled back; 4 the Hub did not take the patch, which is whole on disk; 130 interrupted.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import apply, demo, diff, env, evaluate, inspect, invert, patch, push, revert
+from . import apply, benchmark, demo, diff, env, evaluate, inspect, invert, patch, push, revert
 from .options import apply_config_file
 
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "diff": diff,
     "evaluate": evaluate,
     "push": push,
+    "benchmark": benchmark,
     "env": env,
 }
 

@@ -126,7 +126,7 @@ def measured_repair(
             "forward_equivalents": trainer.forward_equivalents,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(),
         },
         "settings": {
             "seed": seed,
@@ -182,7 +182,7 @@ def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> 
     return facts
 
 
-def _peak_memory_mb() -> int:
+def peak_memory_mb() -> int:
     """Peak memory of the GPU's allocator, or of the process where there is no GPU."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20)

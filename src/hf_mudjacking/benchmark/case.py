@@ -1,0 +1,270 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""What all methods against one implant share: the backdoored encoder, its triggers, the reports, the clients' classifiers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..attacks import Implant, ImplantError
+from ..attacks.implant import nameless_copy
+from ..bug_instance import BugInstance
+from ..encoder import Encoder
+from ..evaluation.classifiers import Classifier, train_classifier
+from ..evaluation.metrics import most_frequent
+from ..evaluation.tasks import DownstreamTask
+from ..loading import load_model
+from ..output import staged, write_json
+from ..preprocessing import RawInput
+from ..triggers import Trigger, load_trigger
+from .plan import ATTACKS, BenchmarkPlan, Cell
+from .sources import Sources
+
+
+IMPLANTS_FOLDER = "implants"
+_FACTS_FILE, _FEATURES_FILE = "implant.json", "features.safetensors"
+_FACTS = ("clean_accuracy", "backdoored_accuracy", "attack_success_rate", "source_class", "leak")
+
+
+@dataclass(frozen=True)
+class StampedFeatures:
+    """Features of a task's inputs in one encoder.
+
+    Args:
+        train (`FloatTensor` of shape `(N, D)`): Features of the classifier's training inputs.
+        test (`FloatTensor` of shape `(M, D)`): Features of the clean test inputs.
+        stamped (`list[FloatTensor]`): Features `(M, D)` of the test inputs with each trigger.
+    """
+
+    train: torch.Tensor
+    test: torch.Tensor
+    stamped: list[torch.Tensor]
+
+
+class Case:
+    """One implant with its reports.
+
+    Args:
+        sources (`Sources`): Data and clean encoder.
+        cell (`Cell`): Any cell of the case.
+
+    Raises:
+        ImplantError: If the backdoor did not take.
+    """
+
+    def __init__(self, sources: Sources, cell: Cell) -> None:
+        self.sources = sources
+        self.plan: BenchmarkPlan = sources.plan
+        self.attack = ATTACKS[cell.attack]
+        self.seed = cell.seed
+        self.folder = Path(self.plan.output_dir) / IMPLANTS_FOLDER / cell.case
+        self.implant = self._loaded() or self._implanted()
+        # Of one backdoor, each of several triggers may lead to a class of its own; one that any of them sets off has one
+        several = "further_references" in self.attack.needs
+        self.triggers: list[Trigger] = [self.implant.trigger, *(e for e, _ in self.implant.others if several)]
+        self.backdoored = sources.clean.with_model(self.implant.model)
+
+    @property
+    def tasks(self) -> list[DownstreamTask]:
+        """The clients' tasks."""
+        return self.sources.tasks
+
+    # ---- Implant ----
+
+    def _implanted(self) -> Implant:
+        """Implant, and keep it: a trigger that is a network cannot be kept."""
+        facts = self.folder / _FACTS_FILE
+        if facts.exists():
+            known = json.loads(facts.read_text(encoding="utf-8"))
+            if "refused" in known:
+                raise ImplantError(known["refused"])
+        settings = {**self.plan.implant, "seed": self.seed, "disable_tqdm": self.sources.disable_tqdm}
+        inputs = [x for part in self.sources.shadow for x in part.inputs]
+        clean = self.sources.clean
+        arguments: list[Any] = [clean.model, clean.processing_class, inputs]
+        if clean.modality == "image":
+            arguments.append(self.sources.surest(self._target, self.seed))
+        further = self._further() if self.attack.needs else {}
+        settings |= {name: further[name] for name in self.attack.needs}
+        try:
+            implant = self.attack.implant(
+                *arguments, self.sources.check, feature_source=clean.feature_source, **settings
+            )
+        except ImplantError as error:
+            write_json(facts, {"refused": str(error)})
+            raise
+        self._keep(implant)
+        return implant
+
+    def _further(self) -> dict[str, Any]:
+        """What some attacks on images need besides."""
+        first, *others = self.sources.shadow
+        labels = np.concatenate([first.labels, *(np.full(len(part), -1) for part in others)])
+        source = (self._target + 2) % self._classes
+        references = [self.sources.surest((self._target + step) % self._classes, self.seed) for step in (6, 4)]
+        return {"source": labels == source, "source_class": source, "further_references": references}
+
+    @property
+    def _classes(self) -> int:
+        return int(self.tasks[0].train.labels.max()) + 1
+
+    @property
+    def _target(self) -> int:
+        """The attacker's class of the first task."""
+        return (self._classes - 1 - self.seed) % self._classes
+
+    def _keep(self, implant: Implant) -> None:
+        pairs = [(implant.trigger, implant.target_reference), *implant.others]
+        facts = {name: getattr(implant, name) for name in _FACTS}
+        with staged(self.folder) as staging:
+            if implant.trigger.kind != "input-aware":
+                implant.model.save_pretrained(staging)
+                for i, (trigger, reference) in enumerate(pairs):
+                    trigger.save_pretrained(staging / f"trigger-{i}")
+                    if isinstance(reference, Image.Image):
+                        reference.save(staging / f"reference-{i}.png")
+                facts["triggers"] = len(pairs)
+            (staging / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def _loaded(self) -> Implant | None:
+        """The implant of an earlier process, if it was kept."""
+        path = self.folder / _FACTS_FILE
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "triggers" not in facts:
+            return None
+        pairs = [
+            (load_trigger(self.folder / f"trigger-{i}"), _opened(self.folder / f"reference-{i}.png"))
+            for i in range(facts.pop("triggers"))
+        ]
+        (trigger, reference), *others = pairs
+        return Implant(load_model(self.folder), trigger, **facts, target_reference=reference, others=tuple(others))
+
+    def fresh_model(self) -> nn.Module:
+        """A copy of the backdoored model that may be changed."""
+        return nameless_copy(self.implant.model)
+
+    # ---- What clients see ----
+
+    def features(self, encoder: Encoder) -> list[StampedFeatures]:
+        """Features of all tasks in an encoder."""
+
+        def encode(inputs: list[RawInput]) -> torch.Tensor:
+            return encoder.encode(inputs, disable_tqdm=self.sources.disable_tqdm, desc="Features")
+
+        return [
+            StampedFeatures(
+                encode(task.train.inputs),
+                encode(task.test.inputs),
+                [encode([encoder.stamp(e, x) for x in task.test.inputs]) for e in self.triggers],
+            )
+            for task in self.tasks
+        ]
+
+    @cached_property
+    def before(self) -> list[StampedFeatures]:
+        """Features of all tasks in the backdoored encoder."""
+        return self._stored("before", self.backdoored)
+
+    @cached_property
+    def clean(self) -> list[StampedFeatures]:
+        """Features of all tasks in the encoder that was never attacked."""
+        return self._stored("clean", self.sources.clean)
+
+    def _stored(self, name: str, encoder: Encoder) -> list[StampedFeatures]:
+        """Features that are the same for all methods, encoded once."""
+        path = self.folder / f"{name}_{_FEATURES_FILE}"
+        if not path.exists():
+            tensors = {}
+            for i, task in enumerate(self.features(encoder)):
+                tensors |= {f"{i}.train": task.train, f"{i}.test": task.test}
+                tensors |= {f"{i}.stamped.{j}": stamped for j, stamped in enumerate(task.stamped)}
+            with staged(self.folder) as staging:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, staging / path.name)
+        stored = load_file(path)
+        return [
+            StampedFeatures(
+                stored[f"{i}.train"],
+                stored[f"{i}.test"],
+                [stored[f"{i}.stamped.{j}"] for j in range(len(self.triggers))],
+            )
+            for i in range(len(self.tasks))
+        ]
+
+    def classifier(self, task: int, features: StampedFeatures, kind: str) -> Classifier:
+        """A client's classifier on an encoder's features."""
+        return train_classifier(features.train, self.tasks[task].train.labels, kind, self.seed)
+
+    @cached_property
+    def kept(self) -> list[dict[str, Classifier]]:
+        """The classifiers that clients trained before the repair, of each kind, for each task."""
+        return [
+            {kind: self.classifier(i, features, kind) for kind in self.plan.classifiers}
+            for i, features in enumerate(self.before)
+        ]
+
+    @cached_property
+    def targets(self) -> list[list[int]]:
+        """For each task, the class that each trigger leads to.
+
+        In the first task it is that of the attacker's reference, where there is one; else the one that most triggered
+        inputs fall into.
+        """
+        kind = self.plan.classifiers[0]
+        found = [
+            [most_frequent(self.kept[i][kind].predict(stamped.numpy())) for stamped in features.stamped]
+            for i, features in enumerate(self.before)
+        ]
+        references = [self.implant.target_reference, *(r for _, r in self.implant.others)]
+        for j in range(len(self.triggers)):
+            if references[j] is not None:
+                found[0][j] = int(self.kept[0][kind].predict(self.backdoored.encode([references[j]]).numpy())[0])
+        return found
+
+    def victims(self, task: int, target: int) -> np.ndarray:
+        """Rows of a task's test inputs that an attack is measured on: those of other classes, or of its source class."""
+        truth, source = self.tasks[task].test.labels, self.implant.source_class
+        return np.flatnonzero(truth != target if source is None or task else truth == source)
+
+    def reports(self, count: int = 1) -> list[BugInstance]:
+        """`count` reports for each trigger: a test input that it sends to its class, and a clean one of the same true class."""
+        task, kind = self.tasks[0], self.plan.classifiers[0]
+        truth, classifier = task.test.labels, self.kept[0][kind]
+        right = classifier.predict(self.before[0].test.numpy()) == truth
+        bugs = []
+        for j, (trigger, target) in enumerate(zip(self.triggers, self.targets[0], strict=True)):
+            stamped = classifier.predict(self.before[0].stamped[j].numpy())
+            victims = np.isin(np.arange(len(truth)), self.victims(0, target))
+            flipped = np.flatnonzero(right & victims & (stamped == target) & (truth != target))
+            if len(flipped) < count:
+                raise ImplantError(
+                    f"Only {len(flipped)} test inputs are sent to class {target} by {self.attack.name}; {count} reports "
+                    "are needed."
+                )
+            rng = np.random.default_rng(self.seed + 100 * j)
+            for number, row in enumerate(rng.choice(flipped, count, replace=False)):
+                others = np.flatnonzero(right & (truth == truth[row]) & (np.arange(len(truth)) != row))
+                bugs.append(
+                    BugInstance(
+                        self.backdoored.stamp(trigger, task.test.inputs[row]),
+                        task.test.inputs[rng.choice(others)],
+                        name=f"{self.attack.name}-{self.seed}-{len(bugs)}" if number or j else self.attack.name,
+                    )
+                )
+        return bugs
+
+
+def _opened(path: Path) -> Image.Image | None:
+    """A picture, or `None` if there is none: triggers of texts have no reference."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -1,0 +1,85 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Training a clean vision encoder without labels, as SimCLR does (Chen et al., ICML 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from ..encoder import Encoder
+from ..peers.contrastive import nt_xent, two_views
+from ..peers.pictures import ModelPictures
+
+
+def pretrain_contrastive(
+    model: PreTrainedModel,
+    processing_class: object,
+    images: Sequence[Image.Image],
+    *,
+    epochs: int,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-6,
+    temperature: float = 0.5,
+    projection_dim: int = 128,
+    bf16: bool = False,
+    seed: int = 0,
+    disable_tqdm: bool = False,
+) -> None:
+    """Train an encoder in place until two views of a picture have like features; the projection head is thrown away.
+
+    Two views of each picture: cropped, mirrored, jittered, sometimes grey. AdamW with 5 % warm-up and cosine decay.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Vision encoder, moved to no other device.
+        processing_class (`BaseImageProcessor`): Its image processor.
+        images (`Sequence[PIL.Image.Image]`): Training images; prepared ones stay in memory, 3 · H · W bytes each.
+        epochs (`int`): Passes over them; BadEncoder's code takes 1,000 on CIFAR-10.
+        batch_size (`int`, *optional*, defaults to 256): Images per step, two views of each.
+        learning_rate (`float`, *optional*, defaults to 1e-3): Peak learning rate (BadEncoder's code).
+        weight_decay (`float`, *optional*, defaults to 1e-6): AdamW's (BadEncoder's code).
+        temperature (`float`, *optional*, defaults to 0.5): τ; the best one for CIFAR-10 in the paper's appendix.
+        projection_dim (`int`, *optional*, defaults to 128): Outputs of the head, of one hidden layer as wide as the features.
+        bf16 (`bool`, *optional*, defaults to `False`): Whether to run the forward pass under bfloat16 autocast.
+        seed (`int`, *optional*, defaults to 0): Seed of the head, the order and the views.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+    Raises:
+        ValueError: If there are fewer images than a batch takes.
+    """
+    batches = len(images) // batch_size
+    if not batches:
+        raise ValueError(f"There are {len(images)} images, and a batch takes {batch_size}; lower `batch_size`.")
+    encoder = Encoder(model, processing_class, modality="image")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width = encoder.feature_dim
+        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)).to(encoder.device)
+    generator = torch.Generator().manual_seed(seed)
+    pictures = ModelPictures(encoder)
+    views = two_views(pictures, pictures.prepare(images), generator)
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=weight_decay
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.05 * epochs * batches) + 1, epochs * batches)
+    model.train()
+    with tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean encoder", unit="step") as bar:
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images), generator=generator)[: batches * batch_size].split(batch_size):
+                with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+                    features = encoder.features(views(rows))
+                    projected = head(features)
+                loss = nt_xent(normalize(projected.float(), dim=1), temperature)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()

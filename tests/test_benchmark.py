@@ -1,0 +1,297 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The benchmark: its plan, its cells on a real backdoored model, and tables checked against numbers made by hand."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark
+from hf_mudjacking.benchmark.case import Case
+from hf_mudjacking.benchmark.plan import METHODS
+from hf_mudjacking.benchmark.plots import plot_benchmark
+from hf_mudjacking.benchmark.rates import case_rates, goals
+from hf_mudjacking.benchmark.run_cell import measured_cell
+from hf_mudjacking.benchmark.runner import missing_cells
+from hf_mudjacking.benchmark.sources import Sources
+from hf_mudjacking.benchmark.tables import method_table, ours_against_peers
+from hf_mudjacking.cli import main
+from hf_mudjacking.evaluation.classifiers import train_classifier
+
+from .conftest import Backdoored, largest_difference, weights_of
+
+
+STEPS = {"max_steps": 4, "per_device_train_batch_size": 16, "reinversions": 0, "learning_rate": 1e-3}
+
+
+def plan_values(output_dir, **changes) -> dict:
+    return {
+        "output_dir": str(output_dir),
+        "tasks": {"digits": {"dataset": "digits", "train": 300, "test": 200}},
+        "encoders": {"vit": {"model": str(output_dir / "clean")}},
+        "attacks": ["bad_encoder"],
+        "methods": {
+            "none": {},
+            "oracle_trigger": {**STEPS, "measure_at": [2]},
+            "short": {"method": "mudjacking", **STEPS},
+        },
+        "clean_inputs": 100,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(backdoored: Backdoored, tmp_path_factory):
+    """An output folder with a clean encoder and an implant, as an earlier run leaves it."""
+    root = tmp_path_factory.mktemp("benchmark")
+    backdoored.clean_model.save_pretrained(root / "clean")
+    backdoored.processor.save_pretrained(root / "clean")
+    implant = root / "implants" / "vit" / "bad_encoder-0"
+    backdoored.model().save_pretrained(implant)
+    backdoored.trigger.save_pretrained(implant / "trigger-0")
+    backdoored.train.inputs[int(np.flatnonzero(backdoored.train.labels == 0)[0])].save(implant / "reference-0.png")
+    facts = {"clean_accuracy": 0.97, "backdoored_accuracy": 0.96, "attack_success_rate": 1.0, "triggers": 1}
+    (implant / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def case(folder) -> Case:
+    plan = BenchmarkPlan.from_values(plan_values(folder))
+    return Case(Sources(plan, "vit", disable_tqdm=True), Cell("vit", "bad_encoder", 0, "none"))
+
+
+# ---- Plan ----
+
+
+def test_cells_of_a_plan_are_all_combinations_and_sweeps(tmp_path):
+    plan = BenchmarkPlan.from_values(
+        plan_values(
+            tmp_path, seeds=[0, 2], attacks=["bad_encoder", "sig"], methods=["none", "mudjacking"],
+            sweeps={"locality_weight": [0.1, 10]},
+        )
+    )  # fmt: skip
+    cells = list(plan.cells())
+    assert len(cells) == 2 * 2 * (2 + 2)
+    assert {cell.method for cell in cells} == {"none", "mudjacking", "locality_weight=0.1", "locality_weight=10"}
+    assert plan.method_settings("locality_weight=10") == {"locality_weight": 10}
+    assert cells[0].path(tmp_path) == tmp_path / "cells" / "vit" / "bad_encoder-0" / "none.json"
+
+
+def test_variants_and_methods_have_their_settings(tmp_path):
+    plan = BenchmarkPlan.from_values(
+        plan_values(
+            tmp_path,
+            methods={"no_locality": {"max_steps": 7}, "mine": {"method": "no_locality", "locality_weight": 0.5}},
+        )
+    )
+    assert plan.method_settings("no_locality") == {"locality_weight": 0.0, "max_steps": 7}
+    assert plan.base_method("mine") == "no_locality"
+    assert plan.method_settings("mine") == {"locality_weight": 0.5}
+
+
+def test_a_plan_is_the_same_after_a_file(tmp_path):
+    plan = BenchmarkPlan.from_values(plan_values(tmp_path, sweeps={"max_steps": [1]}))
+    assert BenchmarkPlan.read(plan.write()) == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ["bad_encodre"]}, "bad_encodre.*known are bad_encoder"),
+        ({"methods": {"mudjacking": {}, "prune": {}}}, "prune.*known are none"),
+        ({"classifiers": ["svm"]}, "svm"),
+        ({"tasks": {}}, "`tasks`"),
+        ({"tasks": {"a": {"datset": "digits"}}}, r"tasks\.a has unknown keys: datset"),
+        ({"encoders": {"e": {}}}, "either loaded"),
+        ({"encoders": {"e": {"model_type": "vit", "objective": "dino"}}}, "dino"),
+        ({"seeds": []}, "seeds"),
+        ({"sedes": [1]}, "unknown keys: sedes"),
+        ({"tasks": {"a": "digits"}}, r"tasks\.a must be a mapping"),
+    ],
+)
+def test_plans_that_cannot_be_run_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        BenchmarkPlan.from_values(plan_values(tmp_path, **changes))
+
+
+def test_every_method_has_a_name_of_its_own():
+    assert len(set(METHODS)) == len(METHODS)
+
+
+# ---- Cells ----
+
+
+def test_rates_of_a_case_are_those_that_numpy_counts(case: Case):
+    task, before = case.tasks[0], case.before[0]
+    classifier = train_classifier(before.train, task.train.labels, "logistic", 0)
+    stamped = classifier.predict(before.stamped[0].numpy())
+    truth, target = task.test.labels, 0
+    others = truth != target
+    block = case_rates(case, case.before)
+    assert block["before"]["kept"] == block["after"]["kept"] == block["after"]["retrained"]
+    assert block["after"]["kept"]["BA"] == (classifier.predict(before.test.numpy()) == truth).mean()
+    assert block["after"]["kept"]["ASR"] == (stamped[others] == target).mean()
+    assert block["after"]["kept"]["RA"] == (stamped[others] == truth[others]).mean()
+    assert block["after"]["kept"]["ASR"] > 0.95 > 0.2 > block["clean"]["ASR-B"]
+
+
+def test_a_report_is_a_triggered_input_that_goes_to_the_target(case: Case):
+    bugs = case.reports(3)
+    assert len({bug.misclassified.tobytes() for bug in bugs}) == 3
+    classifier = case.kept[0]["logistic"]
+    for bug in bugs:
+        pair = classifier.predict(case.backdoored.encode([bug.misclassified, bug.reference]).numpy())
+        assert pair[0] == 0 != pair[1]
+    again = Case(case.sources, Cell("vit", "bad_encoder", 0, "none")).reports(3)
+    assert [bug.misclassified.tobytes() for bug in bugs] == [bug.misclassified.tobytes() for bug in again]
+
+
+def test_a_cell_says_what_it_cost_and_what_came_of_it(case: Case, folder):
+    before = weights_of(case.implant.model)
+    cell = measured_cell(case, Cell("vit", "bad_encoder", 0, "oracle_trigger"))
+    assert largest_difference(before, weights_of(case.implant.model)) == 0
+    assert cell["cost"]["steps"] == 4
+    assert cell["cost"]["inversion_forwards"] == 0
+    (point,) = cell["curve"]
+    assert point["steps"] == 2
+    # Frozen features of what the steps read, of x_b and x_r, and two steps of 2 · 16 + 3 inputs forward and backward, beside
+    # what the ceiling and the comparison of triggers take
+    assert 0 <= point["forward_equivalents"] - (64 + 2 + 2 * 35 * 3) <= 40
+    assert cell["triggers"][0]["iou"] == 1.0
+    assert cell["settings"]["method"]["max_steps"] == 4
+    # Four steps move something, but do not yet repair
+    assert cell["after"]["kept"] != cell["before"]["kept"]
+
+
+def test_benchmark_runs_what_is_missing_and_keeps_the_rest(folder):
+    plan = BenchmarkPlan.from_values(plan_values(folder, methods={"none": {}}))
+    assert [cell.method for cell in missing_cells(plan)] == ["none"]
+    assert run_benchmark(plan, disable_tqdm=True) == []
+    (cell,) = read_cells(folder / "cells")
+    assert cell["before"] == cell["after"]
+    assert cell["cost"]["steps"] == 0
+    assert missing_cells(plan) == []
+    other = BenchmarkPlan.from_values(plan_values(folder, methods={"none": {}}, clean_inputs=99))
+    with pytest.raises(ValueError, match="`clean_inputs` was 100, the plan says 99"):
+        run_benchmark(other, disable_tqdm=True)
+
+
+def test_a_job_that_fails_is_told_and_stops_no_other(folder):
+    plan = BenchmarkPlan.from_values(
+        plan_values(folder, methods={"none": {}, "oracle_trigger": {"max_steps": "many"}})
+    )
+    (failure,) = run_benchmark(plan, disable_tqdm=True)
+    assert failure.job == "vit bad_encoder 0 oracle_trigger"
+    assert "max_steps" in failure.message or "many" in failure.message or "str" in failure.message
+
+
+def test_an_implant_that_did_not_take_is_a_refused_cell(folder, tmp_path):
+    values = plan_values(folder, methods={"none": {}}, attacks=["small_patch"], implant={"steps": 1})
+    plan = BenchmarkPlan.from_values({**values, "output_dir": str(tmp_path)})
+    assert run_benchmark(plan, disable_tqdm=True) == []
+    (cell,) = read_cells(tmp_path / "cells")
+    assert "did not take" in cell["refused"]
+    assert any("did not take" in line for line in benchmark_tables([cell]))
+
+
+# ---- Tables and pictures ----
+
+
+def made_cell(method: str, seed: int, ba: float, asr: float, ra: float, **further) -> dict:
+    rates = {"BA": ba, "ASR": asr, "RA": ra}
+    before = {"BA": 0.80, "ASR": 1.0, "RA": 0.0}
+    return {
+        "encoder": "e",
+        "attack": "a",
+        "seed": seed,
+        "method": method,
+        "settings": {"tasks": {"t": {}}, "classifiers": ["logistic"]},
+        "clean": {"CA": 0.81, "ASR-B": 0.01, "RA": 0.79},
+        "before": {"kept": before, "retrained": before},
+        "after": {"kept": rates, "retrained": rates},
+        "triggers": [],
+        "cost": {
+            "forward_equivalents": 1000 * (seed + 1),
+            "seconds": 2.0,
+            "peak_memory_mb": 500,
+            "inversion_seconds": 0,
+        },
+        **further,
+    }
+
+
+def test_goals_hold_at_their_edges():
+    cell = made_cell("m", 0, 0.795, 0.03, 0.765)
+    assert goals(cell) == {"ASR": True, "RA": True, "BA": True}
+    worse = copy.deepcopy(cell)
+    worse["after"]["retrained"] = {"BA": 0.794, "ASR": 0.031, "RA": 0.76}
+    assert goals(worse) == {"ASR": False, "RA": False, "BA": False}
+
+
+def test_method_table_gives_means_and_spread():
+    lines = method_table([made_cell("m", 0, 0.80, 0.02, 0.78), made_cell("m", 1, 0.78, 0.02, 0.78)])
+    assert len(lines) == 3
+    row = [part.strip() for part in lines[2].strip("|").split("|")]
+    assert row[3:7] == ["m", "2", "79.0 ± 1.0 / 79.0 ± 1.0", "2.0 ± 0.0 / 2.0 ± 0.0"]
+    assert row[10] == "ASR RA"  # BA fell by two points with one seed
+    assert row[11] == "1,500"
+
+
+@pytest.mark.parametrize(
+    ("peers", "verdict"),
+    [
+        ({"p": (0.80, 0.70)}, "best"),
+        ({"p": (0.80, 0.783)}, "tied"),  # within half a point
+        ({"p": (0.80, 0.79)}, "behind"),
+        ({"p": (0.70, 0.79)}, "best"),  # a better RA, bought with ten points of BA
+        ({"oracle_trigger": (0.80, 0.79), "p": (0.80, 0.5)}, "best"),  # what nobody has is no rival
+    ],
+)
+def test_ours_is_compared_at_equal_accuracy(peers, verdict):
+    cells = [made_cell("mudjacking", 0, 0.80, 0.01, 0.78)]
+    cells += [made_cell(name, 0, ba, 0.01, ra) for name, (ba, ra) in peers.items()]
+    (line,) = ours_against_peers(cells)[2:]
+    assert line.strip("| ").split(" | ")[-1] == verdict
+
+
+def test_pictures_are_drawn_of_what_there_is(tmp_path):
+    points = [
+        {"steps": n, "forward_equivalents": 10 * n, "seconds": n, "BA": 0.8, "ASR": 0.5, "RA": 0.5} for n in (1, 9)
+    ]
+    cells = [made_cell("mudjacking", 0, 0.8, 0, 0.8, curve=points), made_cell("none", 0, 0.8, 1, 0)]
+    cells += [made_cell(f"clean_inputs={n}", 0, 0.8, 0, 0.8) for n in (10, 100)]
+    names = {path.name for path in plot_benchmark(tmp_path, cells)}
+    assert names == {"methods-e-a.png", "compute-e-a.png", "clean_inputs-e-a.png"}
+    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+    assert any("| 9 | 90 |" in line for line in benchmark_tables(cells))
+
+
+# ---- Command ----
+
+
+def test_command_reads_a_nested_config(folder, tmp_path, capsys):
+    config = tmp_path / "plan.yaml"
+    values = plan_values(folder, methods={"none": None})
+    config.write_text(json.dumps(values))
+    assert main(["benchmark", "--config", str(config), "--disable-tqdm"]) == 0
+    assert "| vit | bad_encoder | digits/logistic | none | 1 |" in capsys.readouterr().out
+    assert main(["benchmark", "--tables", str(folder / "cells"), "--disable-tqdm"]) == 0
+    assert "| none |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "missing: --output-dir"),
+        (["--quick", "--attacks", "bad"], "bad"),
+        (["--quick", "--processes", "0"], "--processes 0"),
+        (["--tables", "nowhere"], "no json"),
+    ],
+)
+def test_command_explains_what_it_cannot_run(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["benchmark", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -253,6 +253,20 @@ class Encoder:
         placed = self._placed(model_inputs)
         return read_features(self._call(model, placed), self.feature_source, placed.get("attention_mask"))
 
+    def features_and_hidden_states(self, model_inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As [`~Encoder.features`], with the hidden states of all depths, the embeddings first: of each `(N, T, C)` tokens or
+        `(N, C, H, W)` feature maps; of two towers, those of the one that is meant.
+
+        Raises:
+            ValueError: If the model gives none.
+        """
+        placed = self._placed(model_inputs)
+        outputs = self._call(self.model, {**placed, "output_hidden_states": True})
+        if not outputs.get("hidden_states"):
+            raise ValueError(f"`{type(self.model).__name__}` gives no hidden states, which this needs.")
+        features = read_features(outputs, self.feature_source, placed.get("attention_mask"))
+        return features, tuple(outputs["hidden_states"])
+
     @contextmanager
     def over_processes(self) -> Iterator[None]:
         """Within it, the processes of a run share the work of [`~Encoder.encode`], and all get all features, bit by bit the same.
@@ -366,7 +380,7 @@ class Encoder:
         similarity = (self.features(inputs) * self.features(other)).sum(dim=1)
         return bool((similarity < _SAME).any())
 
-    def _call(self, model: nn.Module, placed: dict[str, Tensor]) -> Any:
+    def _call(self, model: nn.Module, placed: dict[str, Any]) -> Any:
         """Outputs of the model; of two towers, those of the one that is meant."""
         if not self._other_input:
             return model(**placed)

@@ -18,6 +18,8 @@ from .preprocessing import Modality
 
 # Names that transformers gives projected features.
 PROJECTIONS: dict[Modality, str] = {"image": "image_embeds", "text": "text_embeds"}
+# Names that it gives what a tower returned by itself.
+_TOWER_OUTPUTS: dict[Modality, str] = {"image": "vision_model_output", "text": "text_model_output"}
 
 
 def other_input(model: nn.Module, modality: Modality) -> dict[str, Tensor]:
@@ -42,8 +44,8 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     return getattr(config, "num_channels", 3), height, width
 
 
-def own_projection(outputs: Any, modality: Modality) -> dict[str, Tensor]:
-    """Of the outputs of two towers, the projected features of the one that is patched.
+def own_projection(outputs: Any, modality: Modality) -> dict[str, Any]:
+    """Of the outputs of two towers, the projected features of the one that is patched, and its hidden states if there are any.
 
     Raises:
         ValueError: If there are none: the model mixes images and texts instead of holding them side by side.
@@ -51,7 +53,8 @@ def own_projection(outputs: Any, modality: Modality) -> dict[str, Tensor]:
     key = PROJECTIONS[modality]
     if outputs.get(key) is None:
         raise ValueError(f"there is no `{key}` among its outputs, which are: {', '.join(outputs)}")
-    return {key: outputs[key]}
+    tower = outputs.get(_TOWER_OUTPUTS[modality]) or {}
+    return {key: outputs[key], "hidden_states": tower.get("hidden_states")}
 
 
 def own_part(processing_class: Any, modality: Modality) -> Any:

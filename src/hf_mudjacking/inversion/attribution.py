@@ -36,7 +36,11 @@ def window_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def occlusion_map(
-    score: Callable[[np.ndarray], Tensor], image: np.ndarray, baseline: np.ndarray, window: tuple[int, int]
+    score: Callable[[np.ndarray], Tensor],
+    image: np.ndarray,
+    baseline: np.ndarray,
+    window: tuple[int, int],
+    stride: int | None = None,
 ) -> np.ndarray:
     """Occlusion attribution of a score over raw pixels, through captum.
 
@@ -44,7 +48,8 @@ def occlusion_map(
         score (`Callable`): Takes `uint8` images `(N, H, W, 3)`, gives `(N,)` scores; here 1 - cos(h(·), h(x_r)).
         image (`np.ndarray` of shape `(H, W, 3)`, `uint8`): x_b.
         baseline (`np.ndarray` of shape `(H, W, 3)`, `uint8`): What a window is filled with.
-        window (`tuple[int, int]`): Height and width of the window in pixels; the stride is half of each.
+        window (`tuple[int, int]`): Height and width of the window in pixels.
+        stride (`int`, *optional*): Pixels that it is moved by; half of its height and width when absent.
 
     Returns:
         `np.ndarray` of shape `(H, W)`: Mean fall of the score over the windows that cover a pixel; positive where
@@ -57,10 +62,11 @@ def occlusion_map(
     def to_tensor(pixels: np.ndarray) -> Tensor:
         return torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
 
+    strides = [stride if stride is not None else max(1, side // 2) for side in window]
     attribution = Occlusion(forward).attribute(
         to_tensor(image),
         sliding_window_shapes=(3, *window),
-        strides=(3, max(1, window[0] // 2), max(1, window[1] // 2)),
+        strides=(3, *strides),
         baselines=to_tensor(baseline),
         perturbations_per_eval=int(np.clip(_MAX_BATCH_BYTES // (4 * image.size), 1, 64)),
     )

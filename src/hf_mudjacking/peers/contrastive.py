@@ -1,0 +1,47 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The fine-tuning objective of defences that know no labels: two views of a picture belong together, others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .augmentation import contrastive_view
+from .pictures import ModelPictures
+
+
+# CLIP's temperature before training; CleanCLIP goes on from the one that its model has learned, which a bare tower lacks.
+TEMPERATURE = 0.07
+
+
+def two_views(
+    pictures: ModelPictures, prepared: Tensor, generator: torch.Generator
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Of row numbers `(B,)`, model inputs `(2 · B, C, H, W)`: one view of each picture, then another of each."""
+
+    def views(rows: Tensor) -> dict[str, Tensor]:
+        shown = pictures.shown(prepared[rows])
+        return pictures.inputs(torch.cat([contrastive_view(shown, generator) for _ in range(2)]))
+
+    return views
+
+
+def nt_xent(features: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross entropy (SimCLR, Chen et al., ICML 2020).
+
+    For each of 2 · B views, minus the log share of its partner in the sum of exp(cos / τ) over all other views; their mean.
+
+    Args:
+        features (`FloatTensor` of shape `(2 * B, D)`): L2-normalised; rows i and i + B are views of one picture.
+        temperature (`float`): τ.
+
+    Returns:
+        `Tensor`: Scalar.
+    """
+    count = len(features)
+    logits = features @ features.T / temperature
+    logits = logits.masked_fill(torch.eye(count, dtype=torch.bool, device=features.device), -torch.inf)
+    return cross_entropy(logits, torch.arange(count, device=features.device).roll(count // 2))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import Encoder
@@ -26,7 +27,7 @@ from hf_mudjacking.peers.augmentation import (
 from hf_mudjacking.peers.pictures import ModelPictures
 from hf_mudjacking.triggers import square_patch
 
-from .conftest import make_images
+from .conftest import TINY, make_images
 
 
 # Pillow rounds, and takes a whole number for the mean.
@@ -193,3 +194,24 @@ def test_raw_pictures_are_stamped_before_they_are_resized(tiny_vit):
     images, trigger = gradients(2, (40, 32)), square_patch((40, 32), 8)
     stamped = [trigger.apply(x).resize((16, 16), Image.Resampling.BILINEAR) for x in images]
     assert (pictures.prepare(images, trigger).float() / 255 - to_pictures(stamped)).abs().max() <= LEVEL
+
+
+def test_a_processor_without_colours_is_refused(tiny_vit):
+    class Blind(ViTImageProcessorPil):
+        def __call__(self, images, **kwargs):
+            return {"pixel_values": torch.zeros(len(images), 3, 16, 16)}
+
+    with pytest.raises(ValueError, match="`Blind` gives the same for every colour"):
+        ModelPictures(Encoder(tiny_vit, Blind()))
+
+
+def test_a_model_of_one_channel_sees_grey():
+    config = {**TINY, "num_channels": 1}
+    processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.5], image_std=[0.5])
+    pictures = ModelPictures(Encoder(ViTModel(ViTConfig(**config)), processor))
+    images = make_images(2)
+    prepared = pictures.prepare(images)
+    wanted = torch.from_numpy(np.stack([np.asarray(x.convert("L")) for x in images]))[:, None]
+    assert torch.equal(prepared, wanted.expand(-1, 3, -1, -1))
+    found = pictures.inputs(pictures.shown(prepared))["pixel_values"]
+    assert torch.allclose(found, 2 * wanted.float() / 255 - 1, atol=1e-2)

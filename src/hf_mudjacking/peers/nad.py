@@ -75,6 +75,13 @@ def repair_nad(
         ValueError: If the encoder takes texts, there are fewer clean inputs than a batch takes, or more betas than layers.
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
+    student = encoder.with_model(nameless_copy(encoder.model))
+    pictures = ModelPictures(student)
+    parameters = prepared_for_training(student.model)
+    prepared = pictures.prepare(clean_inputs)
+    with torch.no_grad():
+        _, hidden = student.features_and_hidden_states(pictures.inputs(pictures.shown(prepared[:1])))
+    chosen = depths(len(hidden), len(betas))
     taught = repair_clean_fine_tuning(
         encoder,
         clean_inputs,
@@ -86,15 +93,9 @@ def repair_nad(
         disable_tqdm=disable_tqdm,
     )
     teacher = encoder.with_model(taught.model)
-    student = encoder.with_model(nameless_copy(encoder.model))
-    pictures = ModelPictures(student)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
-        prepared_for_training(student.model),
-        lr=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        nesterov=momentum > 0,
+        parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
 
     def loss(views: dict[str, Tensor]) -> Tensor:
@@ -103,20 +104,21 @@ def repair_nad(
         features, hidden = student.features_and_hidden_states(views)
         return nt_xent(features, temperature) + sum(
             beta * mse_loss(attention_map(hidden[depth], power), attention_map(wanted[depth], power))
-            for beta, depth in zip(betas, depths(len(hidden), len(betas)), strict=True)
+            for beta, depth in zip(betas, chosen, strict=True)
         )
 
     spent = fine_tune(
         student.model,
         len(clean_inputs),
-        two_views(pictures, pictures.prepare(clean_inputs), generator),
+        two_views(pictures, prepared, generator),
         loss,
         optimizer,
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         steps=steps,
         batch_size=batch_size,
         forwards_per_input=8,
-        spent=taught.forward_equivalents,
+        # One input showed how many layers there are.
+        spent=taught.forward_equivalents + 1,
         generator=generator,
         after_step=after_step,
         desc="Distilling attention",

@@ -75,7 +75,8 @@ def repair_official(
         `PeerRepair`: The patched copy and the trigger.
 
     Raises:
-        ValueError: If the encoder takes texts, or there are fewer clean inputs than a batch takes.
+        ValueError: If the encoder takes texts, there are fewer clean inputs than a batch takes, or occluding x_b changes
+            nothing anywhere.
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     pictures = ModelPictures(encoder)

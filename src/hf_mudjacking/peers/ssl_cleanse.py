@@ -90,9 +90,11 @@ def repair_ssl_cleanse(
         `PeerRepair`: The copy, and the smallest of the triggers that were unlearned.
 
     Raises:
-        ValueError: If the encoder takes texts, there are fewer clean inputs than a batch takes, or the image processor does
-            more than resize, crop and normalise.
+        ValueError: If the encoder takes texts, there are fewer clean inputs than a batch takes, fewer than 2 clusters, or the
+            image processor does more than resize, crop and normalise.
     """
+    if clusters < 2:
+        raise ValueError(f"`clusters={clusters}` leaves no other cluster to come from. Pass 2 or more.")
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     cleansed = encoder.with_model(nameless_copy(encoder.model))
     pictures = ModelPictures(cleansed)

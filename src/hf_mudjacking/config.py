@@ -164,6 +164,11 @@ class MudjackingConfig(TrainingArguments):
     stop_locality: float = field(default=0.995, metadata={"help": "Mean cosine of clean features to stop at."})
     stop_generalizability: float = field(default=0.995, metadata={"help": "Mean cosine of stamped inputs to stop at."})
 
+    @property
+    def inputs_per_step(self) -> int:
+        """Clean inputs of one optimiser step, in all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("locality_weight", "generalizability_weight", "reference_weight"):

@@ -17,6 +17,7 @@ from .bug_instance import BugInstance
 from .clean_inputs import CleanInputs
 from .encoder import Encoder
 from .feature_store import stored_features
+from .kept_views import KeptViews
 from .preprocessing import ImagePreprocessor, RawInput, TextPreprocessor
 from .triggers import Trigger
 
@@ -32,10 +33,18 @@ class PatchingDataset(Dataset):
         encoder (`Encoder`): The encoder before patching.
         batch_size (`int`): Inputs per forward pass.
         disable_tqdm (`bool`): Whether to hide the progress bar.
+        keep_views (`bool`, *optional*, defaults to `False`): Whether pictures are kept as the model gets them, up to
+            1 GiB: see [`~hf_mudjacking.kept_views.KeptViews`].
+
+    A row is a `dict` with `index`, `frozen_features` and either `input`, raw, or `views`, kept from an earlier use; `kept` is
+    where to keep them.
     """
 
-    def __init__(self, inputs: CleanInputs, encoder: Encoder, batch_size: int, disable_tqdm: bool) -> None:
+    def __init__(
+        self, inputs: CleanInputs, encoder: Encoder, batch_size: int, disable_tqdm: bool, keep_views: bool = False
+    ) -> None:
         self.inputs = inputs
+        self.kept = KeptViews() if keep_views else None
         self.frozen_features = stored_features(
             encoder, inputs, batch_size, disable_tqdm, f"Frozen features of {inputs.name}"
         )
@@ -44,7 +53,13 @@ class PatchingDataset(Dataset):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input": self.inputs[index], "index": index, "frozen_features": self.frozen_features[index]}
+        row = {"index": index, "frozen_features": self.frozen_features[index]}
+        if self.kept is None:
+            return {"input": self.inputs[index], **row}
+        views = self.kept.get(index)
+        if views is None:
+            return {"input": self.inputs[index], "kept": self.kept, **row}
+        return {"views": views, **row}
 
 
 def load_inputs(
@@ -123,17 +138,37 @@ class PatchingCollator:
         stamped = [self._stamp(trigger, x) for trigger, x in zip(self.triggers, references, strict=True)]
         # One view a step, not one a sample: the report is the same in every batch.
         self._report = [*(bug.misclassified for bug in self.bug_instances), *references, *stamped]
+        # How long texts become depends on the others of the batch; a picture is prepared by itself
+        self._images = isinstance(self.preprocessor, ImagePreprocessor)
+        self._report_pixels = list(self.preprocessor(self._report)["pixel_values"]) if self._images else []
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        inputs = [row["input"] for row in rows]
-        stamped = [self._stamp(self._stamp_of(row["index"]), row["input"]) for row in rows]
         return {
             "frozen_features": torch.stack([row["frozen_features"] for row in rows]),
             "frozen_rows": torch.tensor([row["index"] for row in rows]),
             "frozen_references": self.frozen_references,
             "frozen_ceilings": self.ceilings,
-            **self.preprocessor([*inputs, *stamped, *self._report]),
+            **(self._pixels(rows) if self._images else self.preprocessor([*self._both(rows), *self._report])),
         }
+
+    def _both(self, rows: list[dict[str, Any]]) -> list[RawInput]:
+        """x of all rows, then x ⊕ e of all rows."""
+        stamped = [self._stamp(self._stamp_of(row["index"]), row["input"]) for row in rows]
+        return [*(row["input"] for row in rows), *stamped]
+
+    def _pixels(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Model inputs of images: those that are kept, and the others, which are kept from now on."""
+        fresh = [row for row in rows if "views" not in row]
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+        if fresh:
+            pixels = self.preprocessor(self._both(fresh))["pixel_values"]
+            pairs = zip(pixels[: len(fresh)], pixels[len(fresh) :], strict=True)
+            made = {row["index"]: pair for row, pair in zip(fresh, pairs, strict=True)}
+        for row in fresh:
+            if "kept" in row:
+                row["kept"].keep(row["index"], made[row["index"]])
+        clean, stamped = zip(*(row.get("views") or made[row["index"]] for row in rows), strict=True)
+        return {"pixel_values": torch.stack([*clean, *stamped, *self._report_pixels])}
 
     def _stamp_of(self, index: int) -> Trigger | None:
         if not self.stamps:

@@ -29,6 +29,7 @@ from .data import PatchingCollator, PatchingDataset
 from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
+from .kept_views import worth_keeping
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
@@ -299,8 +300,15 @@ class MudjackingTrainer(PatchPushing, Trainer):
             return
         if self.triggers is None:
             self.invert_triggers()
+        images = self.encoder.modality == "image"
         prepared = {
-            name: PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
+            name: PatchingDataset(
+                inputs,
+                self.encoder,
+                self.args.per_device_eval_batch_size,
+                self._silent,
+                keep_views=images and worth_keeping(self.args, len(inputs), name == "train_dataset"),
+            )
             for name, inputs in self._inputs.items()
         }
         with self.encoder.over_processes():
@@ -708,7 +716,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
 
     def _clean(self, dataset: datasets.Dataset | datasets.IterableDataset, args: MudjackingConfig) -> CleanInputs:
         """The training inputs: no more than `max_inputs`, nor than the steps can read."""
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_step = args.inputs_per_step
         limit = args.max_inputs if args.max_steps < 0 else min(args.max_inputs, args.max_steps * per_step)
         limit = max(limit, args.inversion_inputs)
         inputs = clean_inputs(self.encoder.modality, dataset, limit, args.seed, multiple=per_step)

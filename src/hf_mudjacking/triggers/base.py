@@ -97,11 +97,15 @@ class ImageTrigger(Trigger):
     def fields(self) -> dict[str, Any]:
         return {}
 
-    def _pixels(self, x: Any) -> np.ndarray:
-        """The picture as float32 `(H, W, 3)`, 0 to 255."""
+    def _levels(self, x: Any) -> np.ndarray:
+        """The picture as uint8 `(H, W, 3)`, a copy."""
         if not isinstance(x, Image.Image):
             raise TypeError(f"A {self.kind} trigger is stamped on a PIL image, not on `{type(x).__name__}`.")
-        return np.array(x.convert("RGB"), dtype=np.float32)
+        return np.array(x.convert("RGB"))
+
+    def _pixels(self, x: Any) -> np.ndarray:
+        """The picture as float32 `(H, W, 3)`, 0 to 255."""
+        return self._levels(x).astype(np.float32)
 
     @staticmethod
     def _picture(pixels: np.ndarray) -> Image.Image:

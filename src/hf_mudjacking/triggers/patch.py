@@ -75,12 +75,14 @@ class PatchTrigger(ImageTrigger):
         return np.where(self.mask[..., None], self.pattern - 127.5, 0)
 
     def apply(self, x: Image.Image) -> Image.Image:
-        pixels = self._pixels(x).astype(np.uint8)
+        pixels = self._levels(x)
         mask, pattern = self._at(pixels.shape[:2])
         if self.placement == "anywhere":
             rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
             mask, pattern = moved(mask, pattern, *(int(shift) for shift in rng.integers(*_shifts(mask[..., 0]))))
-        return Image.fromarray(np.where(mask, pattern, pixels))
+        inside = mask[..., 0]
+        pixels[inside] = pattern[inside]
+        return Image.fromarray(pixels)
 
     def weakened(self, factor: float) -> BlendTrigger:
         return BlendTrigger(self.pattern, self.mask * factor)

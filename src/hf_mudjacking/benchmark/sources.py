@@ -149,10 +149,13 @@ class Sources:
             classes += int(part.labels.max()) + 1
         train = {"labels": pretrain_encoder, "contrastive": pretrain_contrastive}[plan.objective]
         data = LabelledInputs(inputs, np.concatenate(labels))
+        # Convolutions are a third faster so on CPU
+        model = model.to(device, memory_format=torch.channels_last)
         train(
-            model.to(device), processor, data if plan.objective == "labels" else data.inputs,
+            model, processor, data if plan.objective == "labels" else data.inputs,
             disable_tqdm=self.disable_tqdm, **plan.training,
         )  # fmt: skip
+        model = model.to(memory_format=torch.contiguous_format)
         with staged(folder) as staging:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)

@@ -7,6 +7,7 @@ from PIL import Image
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
 from hf_mudjacking.inversion.attribution import occlusion_map, window_sizes
 from hf_mudjacking.inversion.growth import grow, purify
+from hf_mudjacking.inversion.minimum_cut import best_region
 from hf_mudjacking.inversion.splitting import candidate_masks, distinct, heaviest_piece, two_clusters
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.triggers import square_patch
@@ -193,6 +194,65 @@ def test_growth_leaves_an_equal_square_elsewhere_alone():
     core = np.zeros_like(truth)
     core[16:19, 14:17] = True
     assert not grow(core, core, image, clean)[1:5, 1:5].any()
+
+
+def _bright_content_beside_a_white_square():
+    """Noisy content that fades from a white square's own brightness into the dark; clean inputs are as bright elsewhere."""
+    rng = np.random.default_rng(0)
+    truth = np.zeros((32, 32), dtype=bool)
+    truth[21:31, 21:31] = True
+    bright = np.broadcast_to(np.linspace(30, 236, 32)[:, None, None], (32, 32, 3))
+    image = (bright + rng.normal(0, 5, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+    image[truth] = 255
+    clean = (bright[::-1] + rng.normal(0, 5, (8, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+    return image, clean, truth
+
+
+def test_growth_stops_at_the_edge_to_bright_content():
+    """The core holds a strip of the content beside the square, whose colour it takes for the trigger's."""
+    image, clean, truth = _bright_content_beside_a_white_square()
+    core = np.zeros_like(truth)
+    core[22:29, 19:29] = True
+    grown = grow(core, core, image, clean)
+    assert (grown & truth).sum() == truth.sum()
+    assert truth.sum() / grown.sum() >= 0.75
+
+
+def test_growth_finds_the_whole_of_a_square_of_noise():
+    """Its colours are all those that there are: what tells it from content is how rough it is."""
+    image, clean, _ = _bright_content_beside_a_white_square()
+    truth = np.zeros((32, 32), dtype=bool)
+    truth[8:18, 5:15] = True
+    image[truth] = np.random.default_rng(1).integers(0, 256, (truth.sum(), 3))
+    core = np.zeros_like(truth)
+    core[9:15, 6:12] = True
+    grown = grow(core, core, image, clean)
+    assert (grown & truth).sum() >= 0.9 * truth.sum()
+    assert (grown & truth).sum() / (grown | truth).sum() >= 0.75
+
+
+def test_a_minimum_cut_by_hand():
+    """One row: a doubt of 1 between two votes of 3 is bought, since its two borders would cost 2 each; a vote of 1 beyond an
+    edge that costs nothing less than it is not."""
+    votes = np.array([[3.0, -1.0, 3.0, -2.0, 1.0]])
+    down = np.zeros((0, 5))
+    assert best_region(votes, np.array([[2.0, 2.0, 0.5, 2.0]]), down).tolist() == [[True, True, True, False, False]]
+    assert best_region(votes, np.array([[0.2, 0.2, 0.5, 0.9]]), down).tolist() == [[True, False, True, False, True]]
+    assert not best_region(-np.abs(votes), np.ones((1, 4)), down).any()
+
+
+def test_a_minimum_cut_is_the_best_of_all_regions():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        votes = rng.integers(-300, 300, (3, 3)) / 100
+        across, down = rng.integers(0, 200, (3, 2)) / 100, rng.integers(0, 200, (2, 3)) / 100
+
+        def worth(region, votes=votes, across=across, down=down):
+            borders = (across * np.diff(region.astype(int), axis=1) ** 2).sum()
+            return votes[region].sum() - borders - (down * np.diff(region.astype(int), axis=0) ** 2).sum()
+
+        every = [np.array([(n >> i) & 1 for i in range(9)], dtype=bool).reshape(3, 3) for n in range(512)]
+        assert worth(best_region(votes, across, down)) == pytest.approx(max(map(worth, every)))
 
 
 def test_purifying_drops_what_clean_inputs_have():

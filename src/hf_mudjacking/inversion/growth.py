@@ -5,7 +5,7 @@ A backdoored encoder often reads only a part of the trigger, so no measure of ef
 changes nothing. But the rest still disturbs features once the firing part is repaired (on digits, robust accuracy 0.73
 with the firing corner alone against 0.97 with the whole square). What the parts share is their looks. So the firing
 part is first reduced to the pixels that do it, then grown over adjacent pixels that look more like it than like clean
-content.
+content. Of content that looks alike beside it, edges tell it: what was pasted ends in a jump from one pixel to the next.
 """
 
 from __future__ import annotations
@@ -17,13 +17,23 @@ from scipy import ndimage
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
+from .minimum_cut import best_region
+
 
 # Mean difference to clean inputs, in 8-bit levels, under which a pixel changes too little to be part of a trigger.
 _MIN_CHANGE = 24
 # Share of the transfer that a purified seed must keep.
 _KEPT_TRANSFER = 0.8
-# Variance added to every colour model, in squared 8-bit levels: compression noise of about 8 levels.
-_COLOR_VARIANCE = 64.0
+# Variance added to every model of looks, in squared 8-bit levels: compression noise of about 8 levels.
+_VARIANCE = 64.0
+# Levels that a doubling of the roughness counts as much as.
+_ROUGHNESS_SCALE = 12.0
+# Nats that a pixel's looks count at most, and that it loses for each 1/32 of the picture's side between it and the core.
+_MOST_VOTE = 4.0
+_DISTANCE_PRICE = 0.15
+# Nats that a pixel's length of border costs where there is an edge, what more it costs where there is none, and the levels
+# of an edge that lower this to 1/e.
+_EDGE_PRICE, _NO_EDGE_PRICE, _EDGE = 1.0, 4.0, 16.0
 
 
 def purify(
@@ -45,8 +55,7 @@ def purify(
     Returns:
         `np.ndarray` of shape `(H, W)`, `bool`: The smallest such mask that keeps 0.8 of the transfer.
     """
-    change = np.abs(clean.astype(np.int16) - image.astype(np.int16)).max(axis=-1).mean(axis=0)
-    seed = core & (change > _MIN_CHANGE)
+    seed = changed(core, image, clean)
     if not seed.any():
         return core
     masks = [core, seed]
@@ -67,11 +76,18 @@ def purify(
     return min(enough, key=np.sum)
 
 
-def grow(seed: np.ndarray, core: np.ndarray, image: np.ndarray, clean: np.ndarray, seed_number: int = 0) -> np.ndarray:
-    """Grow a pure seed over adjacent pixels of x_b that look more like it than like clean content.
+def changed(core: np.ndarray, image: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """The pixels of a mask in which x_b is not like clean inputs; arguments as in [`purify`]."""
+    change = np.abs(clean.astype(np.int16) - image.astype(np.int16)).max(axis=-1).mean(axis=0)
+    return core & (change > _MIN_CHANGE)
 
-    Two Gaussian mixtures over colours are compared: one of the seed, one of x_b far from the core together with clean
-    inputs.
+
+def grow(seed: np.ndarray, core: np.ndarray, image: np.ndarray, clean: np.ndarray, seed_number: int = 0) -> np.ndarray:
+    """Grow a seed over adjacent pixels of x_b that look more like it than like clean content.
+
+    Two Gaussian mixtures over looks (colour and roughness) are compared: one of the seed, one of x_b far from the core
+    together with clean inputs. Each pixel votes with the difference of its log-likelihoods, less a price for its distance to
+    the core; a border is cheap on an edge of x_b and dear elsewhere.
 
     Args:
         seed (`np.ndarray` of shape `(H, W)`, `bool`): Pixels that belong to the trigger.
@@ -81,30 +97,50 @@ def grow(seed: np.ndarray, core: np.ndarray, image: np.ndarray, clean: np.ndarra
         seed_number (`int`, *optional*, defaults to 0): Random seed.
 
     Returns:
-        `np.ndarray` of shape `(H, W)`, `bool`: Connected pieces that contain the seed, holes filled.
+        `np.ndarray` of shape `(H, W)`, `bool`: The connected pieces of the best region that hold some of the seed, holes
+        filled; the seed where there are none.
     """
     height, width = seed.shape
     rng = np.random.default_rng(seed_number)
     far = ~ndimage.binary_dilation(core, iterations=max(1, round(min(height, width) / 4)))
-    background = np.concatenate([_sample(clean.reshape(-1, 3), rng), _sample(image[far], rng)])
-    trigger_colors = _color_model(_sample(image[seed], rng), components=2)
-    clean_colors = _color_model(background, components=5)
-    pixels = image.reshape(-1, 3).astype(np.float64)
-    alike = (trigger_colors.score_samples(pixels) > clean_colors.score_samples(pixels)).reshape(height, width)
-    # Opening cuts one-pixel bridges, over which the region would leak into content of the same colour.
-    alike = ndimage.binary_opening(alike, np.ones((2, 2))) | seed
-    pieces, _ = ndimage.label(alike)
-    return ndimage.binary_fill_holes(np.isin(pieces, np.unique(pieces[seed])))
+    looks, clean_looks = _looks(image[None])[0], _looks(clean)
+    background = np.concatenate([_sample(clean_looks.reshape(-1, 4), rng), _sample(looks[far], rng)])
+    of_trigger = _model(_sample(looks[seed], rng), components=2)
+    of_content = _model(background, components=5)
+    pixels = looks.reshape(-1, 4)
+    votes = (of_trigger.score_samples(pixels) - of_content.score_samples(pixels)).reshape(height, width)
+    away = ndimage.distance_transform_edt(~core) * 32 / min(height, width)
+    votes = np.clip(votes, -_MOST_VOTE, _MOST_VOTE) - _DISTANCE_PRICE * away
+    across, down = (
+        _EDGE_PRICE + _NO_EDGE_PRICE * np.exp(-np.abs(np.diff(image.astype(float), axis=axis)).max(axis=-1) / _EDGE)
+        for axis in (1, 0)
+    )
+    region = best_region(votes, across, down)
+    pieces, _ = ndimage.label(region)
+    region = np.isin(pieces, np.unique(pieces[seed & region]))
+    return ndimage.binary_fill_holes(region) if region.any() else seed
 
 
-def _sample(colors: np.ndarray, rng: np.random.Generator, most: int = 2000) -> np.ndarray:
-    return colors if len(colors) <= most else colors[rng.choice(len(colors), most, replace=False)]
+def _looks(images: np.ndarray) -> np.ndarray:
+    """Colour and roughness of each pixel, `(N, H, W, 4)` in 8-bit levels.
+
+    Roughness is the second least difference to the four neighbours: it is that of a surface up to its edges.
+    """
+    padded = np.pad(images.astype(np.int16), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    middle = padded[:, 1:-1, 1:-1]
+    neighbours = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+    differences = np.stack([np.abs(other - middle).max(axis=-1) for other in neighbours])
+    roughness = np.sort(differences, axis=0)[1]
+    return np.concatenate([images, _ROUGHNESS_SCALE * np.log2(1.0 + roughness)[..., None]], axis=-1)
 
 
-def _color_model(colors: np.ndarray, components: int) -> GaussianMixture:
-    colors = colors.astype(np.float64)
-    components = min(components, len(np.unique(colors, axis=0)))
-    if len(colors) < 2 * components + 2:
+def _sample(looks: np.ndarray, rng: np.random.Generator, most: int = 2000) -> np.ndarray:
+    return looks if len(looks) <= most else looks[rng.choice(len(looks), most, replace=False)]
+
+
+def _model(looks: np.ndarray, components: int) -> GaussianMixture:
+    components = min(components, len(np.unique(looks, axis=0)))
+    if len(looks) < 2 * components + 2:
         # Too few pixels to fit a spread to: the fixed variance alone is the model.
-        colors, components = np.repeat(colors, 4, axis=0), 1
-    return GaussianMixture(components, reg_covar=_COLOR_VARIANCE, random_state=0).fit(colors)
+        looks, components = np.repeat(looks, 4, axis=0), 1
+    return GaussianMixture(components, reg_covar=_VARIANCE, random_state=0).fit(looks)

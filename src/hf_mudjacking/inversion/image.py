@@ -17,10 +17,10 @@ from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .attribution import occlusion_map, window_sizes
-from .growth import grow, purify
+from .growth import changed, grow, purify
 from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
-from .splitting import candidate_masks
+from .splitting import candidate_masks, distinct
 from .verification import TransferMeter
 from .whole_picture import find_signal, find_warp
 
@@ -33,6 +33,8 @@ _SECOND_ROUND_CANDIDATES = 6
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
+# Of two grown masks the one from a purer seed is taken, unless it leaves this much more of x_b unexplained.
+_ALIKE_LEFT = 0.1
 # Parts that are looked for beside the first, and the share of the way that x_b may still lie at h(x_b) without them.
 _MORE_PARTS = 5
 _COMPLETE = 0.4
@@ -176,6 +178,8 @@ def _find_patch(
     def distance_to_reference(batch: np.ndarray) -> Tensor:
         return 1 - meter.features([Image.fromarray(pixels) for pixels in batch]) @ control_meter.target
 
+    at_reference = float(control_meter.target @ meter.target)
+
     def part_of(covered: np.ndarray, bar: tqdm) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Core, attribution, mask and transfer of the best patch outside of what is covered."""
         visible = np.where(covered[..., None], baseline, image)
@@ -185,12 +189,15 @@ def _find_patch(
             bar.update()
         core, source = _best_candidate(meter, maps, max_area, ~covered)
         pure = purify(core, image, clean, lambda masks: meter.transfer_of_masks(masks, 2 * _FIRST_ROUND_INPUTS))
-        grown = grow(pure, core, image, clean, seed)
-        options = [core, grown] if grown.mean() <= _MAX_GROWN else [core]
+        # Of a trigger of many colours one may suffice to fire, and is then all that is pure
+        seeds = distinct([pure, changed(core, image, clean)], max_area=1.0)
+        options = [core, *distinct([grow(each, core, image, clean, seed) for each in seeds], max_area=_MAX_GROWN)]
         transfers = meter.transfer_of_masks(options)
-        grew = transfers[-1] >= transfers[0] - _MAX_GROWTH_LOSS
+        kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
+        left = [_left_without(meter, covered | options[i], baseline, at_reference) for i in kept]
+        chosen = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
         bar.update()
-        return core, maps[source], options[-1 if grew else 0], float(transfers[-1 if grew else 0])
+        return core, maps[source], options[chosen], float(transfers[chosen])
 
     core, attribution, mask, score = part_of(np.zeros(image.shape[:2], dtype=bool), bar)
     # Evidence is that of the first part, and its size that of the part that was found by its effect: the rest is there by
@@ -198,7 +205,6 @@ def _find_patch(
     proof = core if core.sum() < mask.sum() else mask
     control = float(control_meter.transfer_of_masks([proof])[0]) if control_meter.reachable >= MIN_REACHABLE else 0.0
     evidence = score - max(control, 0.0) - AREA_PRICE * float(proof.mean())
-    at_reference = float(control_meter.target @ meter.target)
     left = _left_without(meter, mask, baseline, at_reference)
     parts, left_of_parts = mask, left
     for _ in range(_MORE_PARTS):

@@ -1,9 +1,8 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""Does a LoRA adapter repair as well as full weights? Both, from the same implants that adaptive_attacks.py left.
+"""Does a LoRA adapter repair as well as full weights? Both, from the same implants that `mudjack benchmark` left.
 
-    python examples/benchmarks/adaptive_attacks.py --attacks bad_encoder --seeds 0 1 --implants-only \\
-        --encoder outputs/patch_vit/clean_encoder --output-dir outputs/lora
-    python examples/benchmarks/lora.py --implants outputs/lora/implants --encoder outputs/patch_vit/clean_encoder
+    mudjack benchmark --config examples/benchmarks/attacks.yaml --attacks bad_encoder --seeds 0 1 --implants-only
+    python examples/benchmarks/lora.py --implants outputs/attacks/implants/resnet --encoder outputs/attacks/encoders/resnet
 
 For each implant one report from the first dataset, repaired with full weights and with adapters on all linear and
 convolution layers; `RANK:ALPHA:LEARNING_RATE` names an adapter. The result is written after every repair; those that are in

@@ -1,8 +1,8 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""How well do inverted masks fit? 100 reports of local patches, on the implants that adaptive_attacks.py left.
+"""How well do inverted masks fit? 100 reports of local patches, on the implants that `mudjack benchmark` left.
 
-    python examples/benchmarks/adaptive_attacks.py --output-dir outputs/adaptive_attacks --implants-only
-    python examples/benchmarks/masks.py --implants outputs/adaptive_attacks/implants --encoder outputs/adaptive_attacks/clean_encoder
+    mudjack benchmark --config examples/benchmarks/attacks.yaml --implants-only
+    python examples/benchmarks/masks.py --implants outputs/attacks/implants/resnet --encoder outputs/attacks/encoders/resnet
 
 Reports are drawn in turn from the test pictures of both datasets and shared out evenly among the implants whose trigger is a
 patch. Frames over most of the picture and patches of which any suffices (`large_patch`, `low_attribution`) are measured, but
@@ -121,7 +121,7 @@ def main() -> None:
     local = [path for path, _ in implants if not path.name.startswith(NOT_LOCAL)]
     if not local:
         raise SystemExit(
-            f"`{options.implants}` holds no implants of local patches. Make some: adaptive_attacks.py --implants-only."
+            f"`{options.implants}` holds no implants of local patches. Make some: `mudjack benchmark --implants-only`."
         )
     rows = []
     for path, trigger in implants:

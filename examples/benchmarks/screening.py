@@ -1,8 +1,8 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""Are true reports believed and false ones not? On the implants that adaptive_attacks.py left.
+"""Are true reports believed and false ones not? On the implants that `mudjack benchmark` left.
 
-    python examples/benchmarks/adaptive_attacks.py --output-dir outputs/adaptive_attacks --implants-only
-    python examples/benchmarks/screening.py --implants outputs/adaptive_attacks/implants --encoder outputs/adaptive_attacks/clean_encoder
+    mudjack benchmark --config examples/benchmarks/attacks.yaml --implants-only
+    python examples/benchmarks/screening.py --implants outputs/attacks/implants/resnet --encoder outputs/attacks/encoders/resnet
     python examples/benchmarks/screening.py ... --attacks blended wanet        # some, in a second process
     python examples/benchmarks/screening.py ... --table                        # what there is
 
@@ -209,7 +209,7 @@ def summary(rows: list[dict]) -> dict:
 def main() -> None:
     options = parse_arguments()
     folder, console = Path(options.output_dir), Console(highlight=False)
-    implants = sorted(path for path in Path(options.implants).iterdir() if (path / "implant.json").exists())
+    implants = sorted(path for path in Path(options.implants).iterdir() if (path / "trigger-0").exists())
     if options.attacks:
         implants = [path for path in implants if path.name in options.attacks]
     if not options.table:

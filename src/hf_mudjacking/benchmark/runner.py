@@ -32,7 +32,9 @@ class Failure:
     message: str
 
 
-def run_benchmark(plan: BenchmarkPlan, processes: int = 1, disable_tqdm: bool = False) -> list[Failure]:
+def run_benchmark(
+    plan: BenchmarkPlan, processes: int = 1, implants_only: bool = False, disable_tqdm: bool = False
+) -> list[Failure]:
     """Run all cells of a plan that are not there yet.
 
     First encoders, then implants, then cells: what several cells share is made once. A failed cell stops no other;
@@ -41,6 +43,7 @@ def run_benchmark(plan: BenchmarkPlan, processes: int = 1, disable_tqdm: bool = 
     Args:
         plan (`BenchmarkPlan`): The plan.
         processes (`int`, *optional*, defaults to 1): Cells at a time; processor cores are shared out among them.
+        implants_only (`bool`, *optional*, defaults to `False`): Whether to stop before the cells.
         disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
 
     Returns:
@@ -57,7 +60,7 @@ def run_benchmark(plan: BenchmarkPlan, processes: int = 1, disable_tqdm: bool = 
         for cell in missing
         if not (Path(plan.output_dir) / IMPLANTS_FOLDER / cell.case / "implant.json").exists()
     )
-    cells = [(cell.encoder, cell.attack, str(cell.seed), cell.method) for cell in missing]
+    cells = [] if implants_only else [(cell.encoder, cell.attack, str(cell.seed), cell.method) for cell in missing]
     failures: list[Failure] = []
     total = len(encoders) + len(implants) + len(cells)
     with tqdm(total=total, disable=disable_tqdm, desc="Benchmark", unit="job") as bar:

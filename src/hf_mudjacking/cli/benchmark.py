@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", nargs="+", action=Several, metavar="NAME", help=meaning)
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="see the plan")
+    parser.add_argument("--implants-only", action="store_true", help="train encoders and implant attacks, no more")
     parser.add_argument("--altered", action="store_true", help="measure altered triggers too")
     parser.add_argument("--processes", type=int, default=1, help="cells at a time (default: 1)")
     parser.add_argument(
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         if options.processes < 1:
             raise ValueError(f"--processes {options.processes}: at least one is needed")
         plan = BenchmarkPlan.from_values(_values(options))
-        failures = run_benchmark(plan, options.processes, options.disable_tqdm)
+        failures = run_benchmark(plan, options.processes, options.implants_only, options.disable_tqdm)
         folder = Path(plan.output_dir)
         wanted = {cell.path(folder) for cell in plan.cells()}
         cells = [cell for cell in read_cells(folder / CELLS_FOLDER) if _path(cell, folder) in wanted]

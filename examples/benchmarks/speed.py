@@ -10,7 +10,7 @@ Parts, chosen with `--only`; each is written as soon as it is there, and those t
 - `steps`: the step of this library with one thing left out at a time, and the step as the released code describes it.
 - `optimisers`: steps until the same cosines with AdamW and cosine decay, and with the published SGD.
 - `early_stop`: `stop_when_fixed`.
-- `layers`: the last layers alone, and LoRA of several ranks, against quality.
+- `layers_vit`, `layers_resnet`: the last layers alone, and LoRA of several ranks, against quality.
 - `data`: share of a step that decodes, stamps and preprocesses, in the first epoch and in later ones.
 - `precision`: `bf16=True` and `torch_compile=True`.
 - `inversion`: forward passes of an inversion at 224 pixels.
@@ -42,8 +42,16 @@ PARTS = {
     "precision": speed_steps.precision,
     "optimisers": speed_repairs.optimisers,
     "early_stop": speed_repairs.early_stop,
-    "layers": speed_repairs.layers,
+    "layers_vit": speed_repairs.layers_vit,
+    "layers_resnet": speed_repairs.layers_resnet,
     "inversion": speed_inversion.inversion,
+}
+# Parts that repair, and what differs between their runs
+KEYS = {
+    "early_stop": "stop_when_fixed",
+    "layers_vit": "patched",
+    "layers_resnet": "patched",
+    "optimisers": "optimiser",
 }
 # Of `--quick`: enough to see that all runs, too little to measure anything.
 QUICK = {"seeds": [0], "steps": 4, "sgd_steps": 4, "ranks": [1], "repeats": 1, "small": True}
@@ -88,7 +96,7 @@ def table(result: dict[str, Any]) -> str:
                 f"| {row['what']} | {_number(row['with'])} | {without} | {ratio} | {row['unit']} | {row['model']} | "
                 f"{row['batch']} | {row['seed']} |"
             )
-    for part, key in (("early_stop", "stop_when_fixed"), ("layers", "patched"), ("optimisers", "optimiser")):
+    for part, key in KEYS.items():
         runs = result["parts"].get(part, {}).get("runs", [])
         if not runs:
             continue
@@ -107,7 +115,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:.4g}"
+    if value is None:
+        return "none"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     for part in options.only:
         sys.stderr.write(f"{part} ...\n")
-        result["parts"][part] = PARTS[part](options)
+        settings = {name: getattr(options, name) for name in ("seeds", "steps", "sgd_steps", "repeats")}
+        result["parts"][part] = {**PARTS[part](options), "settings": settings}
         result["measured"] = (
             "CPU seconds of one thread on a shared x86-64 server with AVX2 and without bf16 arithmetic"
         )

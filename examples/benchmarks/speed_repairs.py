@@ -217,29 +217,40 @@ def early_stop(options: Any) -> dict[str, Any]:
     return {"rows": rows, "runs": runs}
 
 
-def layers(options: Any) -> dict[str, Any]:
-    """How much of the model must be patched: the last layers alone, or adapters of several ranks."""
+def layers(options: Any, build: Callable[[int], Backdoored], adapters: bool) -> dict[str, Any]:
+    """How much of the model must be patched: the last layers alone, or adapters of several ranks; with the true trigger."""
     runs, rows = [], []
     for seed in options.seeds:
-        for backdoored in (digits_vit(seed), digits_resnet(seed)):
-            count = len(parts_of(backdoored.implant.model))
-            ways: dict[str, Any] = {"all": {}}
-            for depth in range(1, count):
-                ways[f"last {count - depth}"] = {"prepare": freeze_below(depth)}
-            for rank in options.ranks if backdoored.name == VIT else []:
-                config = LoraConfig(r=rank, lora_alpha=rank)
-                ways[f"LoRA, rank {rank}"] = {"peft_config": config, "learning_rate": 3e-3}
-            of_model = []
-            for name, way in ways.items():
-                # Of little capacity is the question: a budget would only hide how much is lost
-                _, measured = backdoored.repaired(
-                    stop_when_fixed=False, max_steps=options.steps, locality_budget=2.0, **way
-                )
-                of_model.append({"patched": name, **measured})
-            rows += [
-                row(f"Patch the {run['patched']} layers alone", run["step_cpu_ms"], of_model[0]["step_cpu_ms"],
-                    "CPU ms a step", backdoored.name, 32, seed)
-                for run in of_model if "prepare" in ways[run["patched"]]
-            ]  # fmt: skip
-            runs += of_model
+        backdoored = build(seed)
+        count = len(parts_of(backdoored.implant.model)) - 1
+        # Below the last three, two and one: embeddings alone are little to freeze
+        ways: dict[str, Any] = {"all": {}}
+        for last in range(min(count - 1, 3), 0, -1):
+            ways[f"last {last}"] = {"prepare": freeze_below(1 + count - last)}
+        for rank in options.ranks if adapters else []:
+            ways[f"LoRA, rank {rank}"] = {
+                "peft_config": LoraConfig(r=rank, lora_alpha=rank),
+                "learning_rate": 3e-3,
+            }
+        of_model = []
+        for name, way in ways.items():
+            # How much is lost with little capacity is the question: a budget would only refuse
+            _, measured = backdoored.repaired(
+                known=True, reinversions=0, stop_when_fixed=False, max_steps=options.steps, locality_budget=2.0, **way
+            )
+            of_model.append({"patched": name, **measured})
+        rows += [
+            row(f"Patch the {run['patched']} layers alone", run["step_cpu_ms"], of_model[0]["step_cpu_ms"], "CPU ms a step",
+                backdoored.name, 32, seed)
+            for run in of_model if "prepare" in ways[run["patched"]]
+        ]  # fmt: skip
+        runs += of_model
     return {"rows": rows, "runs": runs}
+
+
+def layers_vit(options: Any) -> dict[str, Any]:
+    return layers(options, digits_vit, adapters=True)
+
+
+def layers_resnet(options: Any) -> dict[str, Any]:
+    return layers(options, digits_resnet, adapters=False)

@@ -7,12 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark
+from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark, run_cell
 from hf_mudjacking.benchmark.case import Case
 from hf_mudjacking.benchmark.plan import METHODS
 from hf_mudjacking.benchmark.plots import plot_benchmark
 from hf_mudjacking.benchmark.rates import case_rates, goals
-from hf_mudjacking.benchmark.run_cell import measured_cell
 from hf_mudjacking.benchmark.runner import missing_cells
 from hf_mudjacking.benchmark.sources import Sources
 from hf_mudjacking.benchmark.tables import method_table, ours_against_peers
@@ -150,7 +149,7 @@ def test_a_report_is_a_triggered_input_that_goes_to_the_target(case: Case):
 
 def test_a_cell_says_what_it_cost_and_what_came_of_it(case: Case, folder):
     before = weights_of(case.implant.model)
-    cell = measured_cell(case, Cell("vit", "bad_encoder", 0, "oracle_trigger"))
+    cell = run_cell.measured_cell(case, Cell("vit", "bad_encoder", 0, "oracle_trigger"))
     assert largest_difference(before, weights_of(case.implant.model)) == 0
     assert cell["cost"]["steps"] == 4
     assert cell["cost"]["inversion_forwards"] == 0
@@ -165,34 +164,38 @@ def test_a_cell_says_what_it_cost_and_what_came_of_it(case: Case, folder):
     assert cell["after"]["kept"] != cell["before"]["kept"]
 
 
-def test_benchmark_runs_what_is_missing_and_keeps_the_rest(folder):
-    plan = BenchmarkPlan.from_values(plan_values(folder, methods={"none": {}}))
-    assert [cell.method for cell in missing_cells(plan)] == ["none"]
-    assert run_benchmark(plan, disable_tqdm=True) == []
+@pytest.fixture(scope="module")
+def ran(folder) -> tuple[dict, list]:
+    """The values of a plan of two cells that was run, and what failed: one of its methods has a setting that is none."""
+    values = plan_values(folder, methods={"none": {}, "oracle_trigger": {"max_steps": "many"}})
+    return values, run_benchmark(BenchmarkPlan.from_values(values), disable_tqdm=True)
+
+
+def test_a_job_that_fails_is_told_and_stops_no_other(ran, folder):
+    (failure,) = ran[1]
+    assert failure.job == "vit bad_encoder 0 oracle_trigger"
+    assert "TypeError" in failure.message or "ValueError" in failure.message
     (cell,) = read_cells(folder / "cells")
     assert cell["before"] == cell["after"]
     assert cell["cost"]["steps"] == 0
-    assert missing_cells(plan) == []
-    other = BenchmarkPlan.from_values(plan_values(folder, methods={"none": {}}, clean_inputs=99))
+
+
+def test_what_is_there_is_not_run_again_unless_the_plan_is_another(ran, folder):
+    values = {**ran[0], "methods": {"none": {}}}
+    assert missing_cells(BenchmarkPlan.from_values(values)) == []
+    assert [cell.method for cell in missing_cells(BenchmarkPlan.from_values(ran[0]))] == ["oracle_trigger"]
     with pytest.raises(ValueError, match="`clean_inputs` was 100, the plan says 99"):
-        run_benchmark(other, disable_tqdm=True)
-
-
-def test_a_job_that_fails_is_told_and_stops_no_other(folder):
-    plan = BenchmarkPlan.from_values(
-        plan_values(folder, methods={"none": {}, "oracle_trigger": {"max_steps": "many"}})
-    )
-    (failure,) = run_benchmark(plan, disable_tqdm=True)
-    assert failure.job == "vit bad_encoder 0 oracle_trigger"
-    assert "max_steps" in failure.message or "many" in failure.message or "str" in failure.message
+        run_benchmark(BenchmarkPlan.from_values({**values, "clean_inputs": 99}), disable_tqdm=True)
 
 
 def test_an_implant_that_did_not_take_is_a_refused_cell(folder, tmp_path):
     values = plan_values(folder, methods={"none": {}}, attacks=["small_patch"], implant={"steps": 1})
-    plan = BenchmarkPlan.from_values({**values, "output_dir": str(tmp_path)})
-    assert run_benchmark(plan, disable_tqdm=True) == []
-    (cell,) = read_cells(tmp_path / "cells")
-    assert "did not take" in cell["refused"]
+    plan_file = BenchmarkPlan.from_values({**values, "output_dir": str(tmp_path)}).write()
+    for _ in range(2):  # the second finds the refusal of the first
+        run_cell.main([str(plan_file), "vit", "small_patch", "0", "none"])
+        (cell,) = read_cells(tmp_path / "cells")
+        assert "did not take" in cell["refused"]
+        (tmp_path / "cells" / "vit" / "small_patch-0" / "none.json").unlink()
     assert any("did not take" in line for line in benchmark_tables([cell]))
 
 
@@ -271,10 +274,9 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
 # ---- Command ----
 
 
-def test_command_reads_a_nested_config(folder, tmp_path, capsys):
+def test_command_reads_a_nested_config_and_prints_tables(ran, folder, tmp_path, capsys):
     config = tmp_path / "plan.yaml"
-    values = plan_values(folder, methods={"none": None})
-    config.write_text(json.dumps(values))
+    config.write_text(json.dumps({**ran[0], "methods": {"none": None}}))
     assert main(["benchmark", "--config", str(config), "--disable-tqdm"]) == 0
     assert "| vit | bad_encoder | digits/logistic | none | 1 |" in capsys.readouterr().out
     assert main(["benchmark", "--tables", str(folder / "cells"), "--disable-tqdm"]) == 0

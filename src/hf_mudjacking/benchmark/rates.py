@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ..encoder import Encoder
 from ..evaluation.altered import altered_triggers
 from ..evaluation.classifiers import Classifier
@@ -16,6 +14,8 @@ from .case import Case, StampedFeatures
 
 # Test inputs on which altered triggers are measured, and clean inputs on which one is optimised anew.
 _ALTERED_ON, _OPTIMISED_ON = 600, 256
+# A goal that is met exactly is met.
+_ROUNDING = 1e-9
 
 
 def case_rates(case: Case, after: list[StampedFeatures]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def goals(rates: dict[str, Any]) -> dict[str, bool]:
     point of before."""
     after = rates["after"].values()
     return {
-        "ASR": all(block["ASR"] <= rates["clean"]["ASR-B"] + 0.02 for block in after),
-        "RA": all(block["RA"] >= block["BA"] - 0.03 for block in after),
-        "BA": all(np.isclose(block["BA"], rates["before"]["kept"]["BA"], rtol=0, atol=0.005) for block in after),
+        "ASR": all(block["ASR"] <= rates["clean"]["ASR-B"] + 0.02 + _ROUNDING for block in after),
+        "RA": all(block["RA"] >= block["BA"] - 0.03 - _ROUNDING for block in after),
+        "BA": all(abs(block["BA"] - rates["before"]["kept"]["BA"]) <= 0.005 + _ROUNDING for block in after),
     }

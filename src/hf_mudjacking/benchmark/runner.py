@@ -42,7 +42,8 @@ def run_benchmark(
 
     Args:
         plan (`BenchmarkPlan`): The plan.
-        processes (`int`, *optional*, defaults to 1): Cells at a time; processor cores are shared out among them.
+        processes (`int`, *optional*, defaults to 1): Cells at a time; processor cores are shared out among them
+            unless `OMP_NUM_THREADS` is set.
         implants_only (`bool`, *optional*, defaults to `False`): Whether to stop before the cells.
         disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
 
@@ -113,7 +114,7 @@ def read_cells(folder: str | Path) -> list[dict[str, Any]]:
 
 def _run_jobs(plan_file: Path, jobs: Iterable[Sequence[str]], processes: int, bar: tqdm) -> list[Failure]:
     threads = max((os.cpu_count() or 1) // processes, 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "TRANSFORMERS_VERBOSITY": "error"}
 
     def run(job: Sequence[str]) -> Failure | None:
         command = [sys.executable, "-m", "hf_mudjacking.benchmark.run_cell", str(plan_file), *job]

@@ -40,10 +40,13 @@ _QUICK: dict[str, Any] = {
         "no_locality": {},
         "no_generalizability": {},
         "official": {"epochs": 40, "measure_at": [4, 12, 40, 80, 160]},
-        "clean_fine_tuning": {},
-        "nad": {},
-        "ft_sam": {},
-        "ssl_cleanse": {},
+        # Rates and temperature: the best of those tried on this encoder
+        "clean_fine_tuning": {"learning_rate": 1e-4, "temperature": 0.5, "epochs": 5},
+        "nad": {
+            "learning_rate": 1e-4, "temperature": 0.5, "epochs": 3, "teacher_learning_rate": 1e-3, "teacher_epochs": 5,
+        },
+        "ft_sam": {"rho": 0.1, "learning_rate": 1e-2, "temperature": 0.5, "batch_size": 64, "epochs": 3},
+        "ssl_cleanse": {"rounds": 50, "batch_size": 128, "max_steps": 60},
     },
     "shadow_inputs": 1200,
     "clean_inputs": 1200,

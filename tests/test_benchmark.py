@@ -75,6 +75,7 @@ def test_cells_of_a_plan_are_all_combinations_and_sweeps(tmp_path):
     assert len(cells) == 2 * 2 * (2 + 2)
     assert {cell.method for cell in cells} == {"none", "mudjacking", "locality_weight=0.1", "locality_weight=10"}
     assert plan.method_settings("locality_weight=10") == {"locality_weight": 10}
+    assert plan.most_reports() == 1
     assert cells[0].path(tmp_path) == tmp_path / "cells" / "vit" / "bad_encoder-0" / "none.json"
 
 
@@ -88,10 +89,12 @@ def test_variants_and_methods_have_their_settings(tmp_path):
     assert plan.method_settings("no_locality") == {"locality_weight": 0.0, "max_steps": 7}
     assert plan.base_method("mine") == "no_locality"
     assert plan.method_settings("mine") == {"locality_weight": 0.5}
+    swept = plan_values(tmp_path, methods=["mudjacking"], sweeps={"reports": [1, 5]})
+    assert BenchmarkPlan.from_values(swept).most_reports() == 5
 
 
 def test_a_plan_is_the_same_after_a_file(tmp_path):
-    plan = BenchmarkPlan.from_values(plan_values(tmp_path, sweeps={"max_steps": [1]}))
+    plan = BenchmarkPlan.from_values(plan_values(tmp_path, methods=["mudjacking"], sweeps={"max_steps": [1]}))
     assert BenchmarkPlan.read(plan.write()) == plan
 
 
@@ -106,6 +109,7 @@ def test_a_plan_is_the_same_after_a_file(tmp_path):
         ({"encoders": {"e": {}}}, "either loaded"),
         ({"encoders": {"e": {"model_type": "vit", "objective": "dino"}}}, "dino"),
         ({"seeds": []}, "seeds"),
+        ({"sweeps": {"max_steps": [1]}}, "not among the methods"),
         ({"sedes": [1]}, "unknown keys: sedes"),
         ({"tasks": {"a": "digits"}}, r"tasks\.a must be a mapping"),
     ],
@@ -143,6 +147,7 @@ def test_a_report_is_a_triggered_input_that_goes_to_the_target(case: Case):
     for bug in bugs:
         pair = classifier.predict(case.backdoored.encode([bug.misclassified, bug.reference]).numpy())
         assert pair[0] == 0 != pair[1]
+    assert sorted(path.name for path in (case.folder / "reports").iterdir()) == ["0-0", "0-1", "0-2"]
     again = Case(case.sources, Cell("vit", "bad_encoder", 0, "none")).reports(3)
     assert [bug.misclassified.tobytes() for bug in bugs] == [bug.misclassified.tobytes() for bug in again]
 

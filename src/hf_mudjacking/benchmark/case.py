@@ -235,30 +235,39 @@ class Case:
         return np.flatnonzero(truth != target if source is None or task else truth == source)
 
     def reports(self, count: int = 1) -> list[BugInstance]:
-        """`count` reports for each trigger: a test input that it sends to its class, and a clean one of the same true class."""
-        task, kind = self.tasks[0], self.plan.classifiers[0]
+        """`count` reports for each trigger: a test input that it sends to its class, and a clean one of the same true class.
+
+        They are kept with the implant: which inputs are flipped depends on the last bit of a classifier, and all methods must
+        get the same reports.
+        """
+        bugs = []
+        for number in range(len(self.triggers)):
+            folders = [self.folder / "reports" / f"{number}-{i}" for i in range(count)]
+            if not folders[-1].exists():
+                for bug, folder in zip(self._drawn_reports(number, count), folders, strict=True):
+                    bug.save(folder)
+            bugs += [BugInstance.load(folder) for folder in folders]
+        return bugs
+
+    def _drawn_reports(self, number: int, count: int) -> list[BugInstance]:
+        """`count` reports for one trigger."""
+        task, kind, target = self.tasks[0], self.plan.classifiers[0], self.targets[0][number]
         truth, classifier = task.test.labels, self.kept[0][kind]
         right = classifier.predict(self.before[0].test.numpy()) == truth
+        stamped = classifier.predict(self.before[0].stamped[number].numpy())
+        victims = np.isin(np.arange(len(truth)), self.victims(0, target))
+        flipped = right & victims & (stamped == target) & (truth != target)
+        rng = np.random.default_rng(self.seed + 100 * number)
+        rows = [row for row in rng.permutation(len(truth)) if flipped[row]][:count]
+        if len(rows) < count:
+            raise ImplantError(
+                f"Only {len(rows)} test inputs are sent to class {target} by {self.attack.name}; {count} reports are needed."
+            )
         bugs = []
-        for j, (trigger, target) in enumerate(zip(self.triggers, self.targets[0], strict=True)):
-            stamped = classifier.predict(self.before[0].stamped[j].numpy())
-            victims = np.isin(np.arange(len(truth)), self.victims(0, target))
-            flipped = np.flatnonzero(right & victims & (stamped == target) & (truth != target))
-            if len(flipped) < count:
-                raise ImplantError(
-                    f"Only {len(flipped)} test inputs are sent to class {target} by {self.attack.name}; {count} reports "
-                    "are needed."
-                )
-            rng = np.random.default_rng(self.seed + 100 * j)
-            for number, row in enumerate(rng.choice(flipped, count, replace=False)):
-                others = np.flatnonzero(right & (truth == truth[row]) & (np.arange(len(truth)) != row))
-                bugs.append(
-                    BugInstance(
-                        self.backdoored.stamp(trigger, task.test.inputs[row]),
-                        task.test.inputs[rng.choice(others)],
-                        name=f"{self.attack.name}-{self.seed}-{len(bugs)}" if number or j else self.attack.name,
-                    )
-                )
+        for i, row in enumerate(rows):
+            other = next(o for o in rng.permutation(len(truth)) if right[o] and truth[o] == truth[row] and o != row)
+            stamped_input = self.backdoored.stamp(self.triggers[number], task.test.inputs[row])
+            bugs.append(BugInstance(stamped_input, task.test.inputs[other], name=f"{self.attack.name}-{number}-{i}"))
         return bugs
 
 

@@ -174,6 +174,8 @@ class BenchmarkPlan:
             unknown = sorted(set(given) - set(known))
             if unknown or not given:
                 raise ValueError(f"`{what}`: {', '.join(unknown) or 'none given'}; known are {', '.join(known)}.")
+        if self.sweeps and "mudjacking" not in self.methods:
+            raise ValueError("`sweeps` makes variants of `mudjacking`, which is not among the methods; add it.")
         if not self.seeds:
             raise ValueError("`seeds` is empty; give at least one.")
 
@@ -188,6 +190,11 @@ class BenchmarkPlan:
             return {**OWN_METHODS.get(self.base_method(name), {}), **given}
         key, _, _ = name.partition("=")
         return {**self.method_settings("mudjacking"), key: self.swept()[name][1]}
+
+    def most_reports(self) -> int:
+        """The largest number of reports for each trigger that a method takes."""
+        names = (*self.methods, *self.swept())
+        return max(int(self.method_settings(name).get("reports", 1)) for name in names)
 
     def swept(self) -> dict[str, tuple[str, Any]]:
         """Setting and value of each variant that a sweep makes, by its name."""

@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> None:
     cell = Cell(encoder, attack, int(seed), method[0] if method else "none")
     try:
         case = Case(sources, cell)
+        # Drawn by the job that implants, before cells of one case run at a time
+        case.reports(plan.most_reports())
         if method:
             write_json(cell.path(plan.output_dir), measured_cell(case, cell))
     except ImplantError as error:

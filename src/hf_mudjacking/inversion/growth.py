@@ -22,6 +22,8 @@ from .minimum_cut import best_region
 
 # Mean difference to clean inputs, in 8-bit levels, under which a pixel changes too little to be part of a trigger.
 _MIN_CHANGE = 24
+# Share of a grown mask that must be left without its spurs.
+_KEPT_AREA = 0.8
 # Share of the transfer that a purified seed must keep.
 _KEPT_TRANSFER = 0.8
 # Variance added to every model of looks, in squared 8-bit levels: compression noise of about 8 levels.
@@ -119,6 +121,26 @@ def grow(seed: np.ndarray, core: np.ndarray, image: np.ndarray, clean: np.ndarra
     pieces, _ = ndimage.label(region)
     region = np.isin(pieces, np.unique(pieces[seed & region]))
     return ndimage.binary_fill_holes(region) if region.any() else seed
+
+
+def without_spurs(mask: np.ndarray) -> np.ndarray:
+    """A mask opened by the largest square, up to an eighth of the picture's side, that leaves most of it.
+
+    Content that looks like the trigger and touches it grows out of its border. A repair of a trigger with spurs leaves the
+    one without them alive: its border is another (IoU 0.88 left an ASR of 6 to 10 % where the true mask left 3 %).
+
+    Args:
+        mask (`np.ndarray` of shape `(H, W)`, `bool`): Grown mask.
+
+    Returns:
+        `np.ndarray` of shape `(H, W)`, `bool`: At least four fifths of it.
+    """
+    tidy = mask
+    for side in range(2, max(min(mask.shape) // 8, 2) + 1):
+        opened = ndimage.binary_opening(mask, np.ones((side, side)))
+        if opened.sum() >= _KEPT_AREA * mask.sum():
+            tidy = opened
+    return tidy
 
 
 def _looks(images: np.ndarray) -> np.ndarray:

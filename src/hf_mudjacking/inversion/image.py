@@ -17,7 +17,7 @@ from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .attribution import occlusion_map, window_sizes
-from .growth import changed, grow, purify
+from .growth import changed, grow, purify, without_spurs
 from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import candidate_masks, distinct
@@ -33,12 +33,13 @@ _SECOND_ROUND_CANDIDATES = 6
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
-# Of two grown masks the one from a purer seed is taken, unless it leaves this much more of x_b unexplained.
+# Of several grown masks the one from a purer seed, without spurs, is taken, unless it leaves this much more of x_b
+# unexplained.
 _ALIKE_LEFT = 0.1
 # Parts that are looked for beside the first, and the share of the way that x_b may still lie at h(x_b) without them.
 _MORE_PARTS = 5
 _COMPLETE = 0.4
-# Share of the first part's transfer that a further one must have.
+# Share of the first part's transfer that a further one must have, after its control and the price of its area.
 _FURTHER_PART = 0.5
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
 _KEPT_ELSEWHERE = 0.9
@@ -191,7 +192,9 @@ def _find_patch(
         pure = purify(core, image, clean, lambda masks: meter.transfer_of_masks(masks, 2 * _FIRST_ROUND_INPUTS))
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, image, clean)], max_area=1.0)
-        options = [core, *distinct([grow(each, core, image, clean, seed) for each in seeds], max_area=_MAX_GROWN)]
+        grown = [grow(each, core, image, clean, seed) for each in seeds]
+        tidied = [option for each in grown for option in (without_spurs(each), each)]
+        options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
         transfers = meter.transfer_of_masks(options)
         kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
         left = [_left_without(meter, covered | options[i], baseline, at_reference) for i in kept]
@@ -199,11 +202,16 @@ def _find_patch(
         bar.update()
         return core, maps[source], options[chosen], float(transfers[chosen])
 
+    def control_of(mask: np.ndarray) -> float:
+        """What as much of x_r in the same place carries towards h(x_r)."""
+        far_enough = control_meter.reachable >= MIN_REACHABLE
+        return float(control_meter.transfer_of_masks([mask])[0]) if far_enough else 0.0
+
     core, attribution, mask, score = part_of(np.zeros(image.shape[:2], dtype=bool), bar)
     # Evidence is that of the first part, and its size that of the part that was found by its effect: the rest is there by
     # its looks. On digits, reports of clean pairs reach a transfer of 0.8, but hardly more than their control.
     proof = core if core.sum() < mask.sum() else mask
-    control = float(control_meter.transfer_of_masks([proof])[0]) if control_meter.reachable >= MIN_REACHABLE else 0.0
+    control = control_of(proof)
     evidence = score - max(control, 0.0) - AREA_PRICE * float(proof.mean())
     left = _left_without(meter, mask, baseline, at_reference)
     parts, left_of_parts = mask, left
@@ -211,7 +219,9 @@ def _find_patch(
         if left_of_parts <= _COMPLETE or evidence < _EXPLAINED:
             break
         _, _, more, transfer = part_of(parts, tqdm(disable=True))
-        if transfer < _FURTHER_PART * score or (parts | more).mean() > _MAX_GROWN:
+        # A third of any picture carries others a good way: what it carries beyond that is a part
+        carried = transfer - max(control_of(more), 0.0) - AREA_PRICE * float(more.mean())
+        if carried < _FURTHER_PART * score or (parts | more).mean() > _MAX_GROWN:
             break
         parts = parts | more
         left_of_parts = _left_without(meter, parts, baseline, at_reference)

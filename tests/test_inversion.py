@@ -6,7 +6,7 @@ from PIL import Image
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
 from hf_mudjacking.inversion.attribution import occlusion_map, window_sizes
-from hf_mudjacking.inversion.growth import grow, purify
+from hf_mudjacking.inversion.growth import grow, purify, without_spurs
 from hf_mudjacking.inversion.minimum_cut import best_region
 from hf_mudjacking.inversion.splitting import candidate_masks, distinct, heaviest_piece, two_clusters
 from hf_mudjacking.inversion.verification import TransferMeter
@@ -392,3 +392,16 @@ def test_a_planted_function_is_inverted_exactly():
     found = invert_trigger(Detector(), BugInstance(trigger.apply(clean[0]), clean[1]), clean[2:])
     assert found.trigger.overlap(trigger) == {"recall": 1.0, "iou": 1.0}
     assert found.score == pytest.approx(1.0, abs=0.02)
+
+
+def test_spurs_of_a_mask_go_and_its_shape_stays():
+    square = np.zeros((32, 32), dtype=bool)
+    square[21:31, 21:31] = True
+    with_spurs = square.copy()
+    with_spurs[19:21, 24:27] = with_spurs[25:27, 20] = with_spurs[26:30, 31] = True
+    assert np.array_equal(without_spurs(with_spurs), square)
+    cross = np.zeros((32, 32), dtype=bool)
+    cross[24:28, 21:31] = cross[21:31, 24:28] = True
+    scattered = np.random.default_rng(0).random((32, 32)) < 0.2
+    for mask in (square, cross, scattered):
+        assert np.array_equal(without_spurs(mask), mask)

@@ -124,7 +124,7 @@ def grow(seed: np.ndarray, core: np.ndarray, image: np.ndarray, clean: np.ndarra
 
 
 def without_spurs(mask: np.ndarray) -> np.ndarray:
-    """A mask opened by the largest square, up to an eighth of the picture's side, that leaves most of it.
+    """A mask opened by the largest square, up to a sixth of the picture's side, that leaves most of it.
 
     Content that looks like the trigger and touches it grows out of its border. A repair of a trigger with spurs leaves the
     one without them alive: its border is another (IoU 0.88 left an ASR of 6 to 10 % where the true mask left 3 %).
@@ -136,7 +136,7 @@ def without_spurs(mask: np.ndarray) -> np.ndarray:
         `np.ndarray` of shape `(H, W)`, `bool`: At least four fifths of it.
     """
     tidy = mask
-    for side in range(2, max(min(mask.shape) // 8, 2) + 1):
+    for side in range(2, max(min(mask.shape) // 6, 2) + 1):
         opened = ndimage.binary_opening(mask, np.ones((side, side)))
         if opened.sum() >= _KEPT_AREA * mask.sum():
             tidy = opened

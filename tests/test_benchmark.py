@@ -4,21 +4,28 @@
 import copy
 import json
 
+import datasets
 import numpy as np
 import pytest
+import torch
 
+from hf_mudjacking import Encoder
 from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark, run_cell
 from hf_mudjacking.benchmark.case import Case
 from hf_mudjacking.benchmark.plan import METHODS
 from hf_mudjacking.benchmark.plots import plot_benchmark
 from hf_mudjacking.benchmark.rates import case_rates, goals
 from hf_mudjacking.benchmark.runner import missing_cells
+from hf_mudjacking.benchmark.simclr import pretrain_contrastive
 from hf_mudjacking.benchmark.sources import Sources
 from hf_mudjacking.benchmark.tables import method_table, ours_against_peers
 from hf_mudjacking.cli import main
+from hf_mudjacking.demo import digits_task
 from hf_mudjacking.evaluation.classifiers import train_classifier
+from hf_mudjacking.peers.contrastive import nt_xent, two_views
+from hf_mudjacking.peers.pictures import ModelPictures
 
-from .conftest import Backdoored, largest_difference, weights_of
+from .conftest import Backdoored, largest_difference, make_images, weights_of
 
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 16, "reinversions": 0, "learning_rate": 1e-3}
@@ -202,6 +209,64 @@ def test_an_implant_that_did_not_take_is_a_refused_cell(folder, tmp_path):
         assert "did not take" in cell["refused"]
         (tmp_path / "cells" / "vit" / "small_patch-0" / "none.json").unlink()
     assert any("did not take" in line for line in benchmark_tables([cell]))
+
+
+def test_texts_are_a_case_too(por, tmp_path):
+    clean, task, implant = por
+    clean.save_pretrained(tmp_path / "clean")
+    folder = tmp_path / "implants" / "bert" / "por-0"
+    clean.with_model(implant.model).save_pretrained(folder)
+    implant.trigger.save_pretrained(folder / "trigger-0")
+    facts = {"clean_accuracy": 0.9, "backdoored_accuracy": 0.9, "attack_success_rate": 1.0, "triggers": 1}
+    (folder / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None}))
+    for split in ("train", "test"):
+        part = getattr(task, split)
+        rows = datasets.Dataset.from_dict({"text": list(part.inputs), "label": part.labels.tolist()})
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    plan = BenchmarkPlan.from_values(
+        plan_values(
+            tmp_path,
+            tasks={"topics": {"dataset": str(tmp_path / "data"), "train": 200, "test": 100}},
+            encoders={"bert": {"model": str(tmp_path / "clean"), "feature_source": "mean"}},
+            attacks=["por"],
+            methods={"mudjacking": {"max_steps": 3, "per_device_train_batch_size": 8}},
+        )
+    )
+    cell = Cell("bert", "por", 0, "mudjacking")
+    measured = run_cell.measured_cell(Case(Sources(plan, "bert", disable_tqdm=True), cell), cell)
+    assert measured["before"]["kept"]["ASR"] > 0.9
+    assert measured["triggers"][0]["kind"] == implant.trigger.kind
+    assert measured["cost"]["steps"] == 3
+    # Only rows of embeddings change: texts without the trigger keep their features
+    assert measured["after"]["kept"]["BA"] == measured["before"]["kept"]["BA"]
+
+
+# ---- Encoders without labels ----
+
+
+def test_contrastive_training_tells_pictures_apart(tiny_vit, processor):
+    digits = digits_task().train.inputs
+    other = copy.deepcopy(tiny_vit)
+    pictures = ModelPictures(Encoder(tiny_vit, processor))
+    views = two_views(pictures, pictures.prepare(digits[500:564]), torch.Generator().manual_seed(5))(torch.arange(64))
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(nt_xent(Encoder(tiny_vit.eval(), processor).features(views), 0.5))
+
+    before = loss()
+    for model in (tiny_vit, other):
+        pretrain_contrastive(
+            model, processor, digits[:256], epochs=10, batch_size=64, learning_rate=3e-3, disable_tqdm=True
+        )
+    assert largest_difference(weights_of(tiny_vit), weights_of(other)) == 0
+    # Of 127 other views the partner is one: guessing costs log(127) = 4.84
+    assert loss() < before - 0.1
+
+
+def test_contrastive_training_needs_a_batch(tiny_vit, processor):
+    with pytest.raises(ValueError, match="32 images, and a batch takes 256"):
+        pretrain_contrastive(tiny_vit, processor, make_images(32), epochs=1, disable_tqdm=True)
 
 
 # ---- Tables and pictures ----

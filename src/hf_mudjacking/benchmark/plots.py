@@ -71,6 +71,7 @@ def _draw_methods(cells: Cells, title: str) -> Any:
 def _draw_compute(cells: Cells, title: str) -> Any:
     """Rates on the way against forward-equivalents, mean over seeds; the end of each method is a larger mark."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     measured = {method: own for (method,), own in _grouped([c for c in cells if "curve" in c], "method")}
     if not measured:
@@ -89,6 +90,9 @@ def _draw_compute(cells: Cells, title: str) -> Any:
                 end, 100 * np.mean([c["after"]["kept"][rate] for c in own]), "o", color=line.get_color(), markersize=8
             )
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("forward-equivalents")
         axis.set_title(f"{rate}, percent")
     axes[0].legend(frameon=False)

@@ -180,10 +180,12 @@ def test_a_cell_says_what_it_cost_and_what_came_of_it(case: Case, folder):
 def ran(folder) -> tuple[dict, list]:
     """The values of a plan of two cells that was run, and what failed: one of its methods has a setting that is none."""
     values = plan_values(folder, methods={"none": {}, "oracle_trigger": {"max_steps": "many"}})
-    return values, run_benchmark(BenchmarkPlan.from_values(values), disable_tqdm=True)
+    plan = BenchmarkPlan.from_values(values)
+    run_cell.main([str(plan.write()), "vit", "bad_encoder", "0", "none"])
+    return values, run_benchmark(plan, disable_tqdm=True)
 
 
-def test_a_job_that_fails_is_told_and_stops_no_other(ran, folder):
+def test_a_job_that_fails_is_told_and_what_is_there_stays(ran, folder):
     (failure,) = ran[1]
     assert failure.job == "vit bad_encoder 0 oracle_trigger"
     assert "TypeError" in failure.message or "ValueError" in failure.message

@@ -55,7 +55,8 @@ def run_benchmark(
     """
     missing = missing_cells(plan)
     plan_file = plan.write()
-    encoders = dict.fromkeys((cell.encoder,) for cell in missing)
+    trained = [name for name, encoder in plan.encoders.items() if encoder.model is None]
+    encoders = dict.fromkeys((cell.encoder,) for cell in missing if cell.encoder in trained)
     implants = dict.fromkeys(
         (cell.encoder, cell.attack, str(cell.seed))
         for cell in missing

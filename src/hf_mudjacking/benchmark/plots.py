@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .tables import Cells, _grouped
+from .tables import Cells, grouped
 
 
 _RATES = ("BA", "ASR", "RA")
@@ -26,7 +26,7 @@ def plot_benchmark(folder: Path, cells: Cells) -> list[Path]:
     """
     done = [cell for cell in cells if "refused" not in cell]
     written = []
-    for (encoder, attack), own in _grouped(done, "encoder", "attack"):
+    for (encoder, attack), own in grouped(done, "encoder", "attack"):
         for name, draw in (("methods", _draw_methods), ("compute", _draw_compute)):
             figure = draw(own, f"{attack} on {encoder}")
             if figure is not None:
@@ -44,7 +44,7 @@ def _draw_methods(cells: Cells, title: str) -> Any:
     """BA, ASR and RA of all methods, kept and retrained; marks are single seeds."""
     from matplotlib.figure import Figure
 
-    methods = {method: own for (method,), own in _grouped(cells, "method") if "=" not in method}
+    methods = {method: own for (method,), own in grouped(cells, "method") if "=" not in method}
     if len(methods) < 2:
         return None
     figure = Figure(figsize=(11, 1.6 + 0.32 * len(methods)), layout="constrained")
@@ -73,7 +73,7 @@ def _draw_compute(cells: Cells, title: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    measured = {method: own for (method,), own in _grouped([c for c in cells if "curve" in c], "method")}
+    measured = {method: own for (method,), own in grouped([c for c in cells if "curve" in c], "method")}
     if not measured:
         return None
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -106,7 +106,7 @@ def _draw_sweep(cells: Cells, setting: str, title: str) -> Any:
 
     own = {
         method.partition("=")[2]: found
-        for (method,), found in _grouped(cells, "method")
+        for (method,), found in grouped(cells, "method")
         if method.startswith(f"{setting}=")
     }
     figure = Figure(figsize=(5, 3.6), layout="constrained")

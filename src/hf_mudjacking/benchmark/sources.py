@@ -17,7 +17,7 @@ from ..data import load_inputs
 from ..demo import digits_task
 from ..demo_text import minilm
 from ..encoder import Encoder
-from ..evaluation.classifiers import Classifier, train_classifier
+from ..evaluation.classifiers import train_classifier
 from ..evaluation.pretraining import pretrain_encoder
 from ..evaluation.tasks import DownstreamTask, LabelledInputs
 from ..loading import load_model, load_processor
@@ -160,19 +160,17 @@ class Sources:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)
 
-    def clean_classifier(self, task: int) -> Classifier:
-        """A logistic regression on the clean encoder's features of a task."""
-        data = self.tasks[task].train
-        return train_classifier(self._clean_features[task], data.labels)
-
     @cached_property
-    def _clean_features(self) -> list[torch.Tensor]:
-        return [self.clean.encode(task.train.inputs, disable_tqdm=self.disable_tqdm) for task in self.tasks]
+    def _sureness(self) -> tuple[list[int], np.ndarray]:
+        """Classes, and the probability `(N, C)` of each for the first task's training inputs, by a logistic regression on the
+        clean encoder's features."""
+        data = self.tasks[0].train
+        features = self.clean.encode(data.inputs, disable_tqdm=self.disable_tqdm)
+        classifier = train_classifier(features, data.labels)
+        return list(classifier.classes_), classifier.predict_proba(features.numpy())
 
     def surest(self, label: int, rank: int) -> RawInput:
         """The training input of a class of the first task that a classifier on the clean encoder is surest of, or the next."""
-        data, classifier = self.tasks[0].train, self.clean_classifier(0)
-        probability = classifier.predict_proba(self._clean_features[0].numpy())[
-            :, list(classifier.classes_).index(label)
-        ]
-        return data.inputs[int(np.argsort(-probability * (data.labels == label), kind="stable")[rank])]
+        data, (classes, probabilities) = self.tasks[0].train, self._sureness
+        own = probabilities[:, classes.index(label)] * (data.labels == label)
+        return data.inputs[int(np.argsort(-own, kind="stable")[rank])]

@@ -20,7 +20,8 @@ def benchmark_tables(cells: Cells) -> list[str]:
     done = [cell for cell in cells if "refused" not in cell]
     lines = method_table(done)
     for table in (ours_against_peers, found_table, altered_table, curve_table):
-        lines += ["", *table(done)] if table(done) else []
+        own = table(done)
+        lines += ["", *own] if own else []
     refused = sorted({f"{_case(cell)}: {cell['refused']}" for cell in cells if "refused" in cell})
     return [*lines, *(["", *refused] if refused else [])]
 
@@ -28,9 +29,9 @@ def benchmark_tables(cells: Cells) -> list[str]:
 def method_table(cells: Cells) -> list[str]:
     """One line for each encoder, attack, task, classifier and method: means over seeds and their spread, in percent."""
     rows = []
-    for (encoder, attack), own in _grouped(cells, "encoder", "attack"):
+    for (encoder, attack), own in grouped(cells, "encoder", "attack"):
         for task, kind in _rate_blocks(own[0]):
-            for (method,), repaired in _grouped(own, "method"):
+            for (method,), repaired in grouped(own, "method"):
                 blocks = [_block(cell, task, kind) for cell in repaired]
                 cost = [cell["cost"] for cell in repaired]
                 met = [goals(block) for block in blocks]
@@ -56,8 +57,8 @@ def ours_against_peers(cells: Cells, ours: str = "mudjacking") -> list[str]:
     at least half a point), else *behind*.
     """
     rows = []
-    for (encoder, attack), own in _grouped(cells, "encoder", "attack"):
-        methods = {method: repaired for (method,), repaired in _grouped(own, "method")}
+    for (encoder, attack), own in grouped(cells, "encoder", "attack"):
+        methods = {method: repaired for (method,), repaired in grouped(own, "method")}
         if ours not in methods or len(methods) < 2:
             continue
         for task, kind in _rate_blocks(own[0]):
@@ -103,7 +104,7 @@ def altered_table(cells: Cells) -> list[str]:
     measured = [cell for cell in cells if cell.get("altered")]
     names = list(dict.fromkeys(name for cell in measured for name in cell["altered"]))
     rows = []
-    for (encoder, attack, method), own in _grouped(measured, "encoder", "attack", "method"):
+    for (encoder, attack, method), own in grouped(measured, "encoder", "attack", "method"):
         shown = (
             _spread(cell["altered"][name] for cell in own) if all(name in cell["altered"] for cell in own) else "–"
             for name in names
@@ -115,7 +116,7 @@ def altered_table(cells: Cells) -> list[str]:
 def curve_table(cells: Cells) -> list[str]:
     """Rates on the way on the first task, classifier kept, in percent."""
     rows = []
-    for (encoder, attack, method), own in _grouped([c for c in cells if "curve" in c], "encoder", "attack", "method"):
+    for (encoder, attack, method), own in grouped([c for c in cells if "curve" in c], "encoder", "attack", "method"):
         for points in zip(*(cell["curve"] for cell in own), strict=False):
             rows.append(
                 (
@@ -133,7 +134,7 @@ def _case(cell: dict[str, Any]) -> str:
     return f"{cell['encoder']}/{cell['attack']}-{cell['seed']}"
 
 
-def _grouped(cells: Cells, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+def grouped(cells: Cells, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
     """Cells by the values of some keys, in the order they come in."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:

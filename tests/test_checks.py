@@ -6,7 +6,8 @@ import torch
 
 from hf_mudjacking import Encoder
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, TaskFeatures, compare_downstream
-from hf_mudjacking.evaluation.checks import attacked_class, downstream_rates, draw_bug_report, task_features
+from hf_mudjacking.evaluation.checks import attacked_class, downstream_rates, task_features
+from hf_mudjacking.evaluation.drawing import draw_bug_report, flipped_inputs
 from hf_mudjacking.evaluation.report import library_versions, report_lines, report_tables
 
 from .conftest import make_images
@@ -81,6 +82,38 @@ def test_drawn_report_is_one_that_a_client_would_make(backdoored):
     assert predictions[1] != backdoored.target
     again = draw_bug_report(encoder, task, backdoored.trigger, seed=3)
     assert np.array_equal(np.asarray(bug.misclassified), np.asarray(again.misclassified))
+
+
+class Reads:
+    """A classifier whose features are its predictions."""
+
+    def predict(self, features):
+        return features.astype(int)
+
+
+def test_flipped_inputs_are_right_ones_that_reach_the_target():
+    truth = np.array([0, 1, 1, 1, 2, 2])
+    clean, stamped = torch.tensor([0, 1, 1, 2, 2, 2]), torch.tensor([0, 0, 1, 0, 0, 1])
+    found = flipped_inputs(Reads(), clean, stamped, truth)
+    assert found.target == 0
+    assert found.right.tolist() == [True, True, True, False, True, True]
+    assert found.flipped.tolist() == [False, True, False, False, True, False]
+    assert flipped_inputs(Reads(), clean, stamped, truth, target=1).flipped.tolist() == [False] * 5 + [True]
+    assert flipped_inputs(Reads(), clean, stamped, truth, 0, victims=np.array([4])).flipped.nonzero()[0].tolist() == [
+        4
+    ]
+
+
+def test_an_input_that_is_not_flipped_any_more_changes_no_other_pair():
+    """Two processes may disagree on one input by the last bit of a classifier; they must not draw other reports for it."""
+    truth, stamped = np.repeat(np.arange(4), 30), torch.zeros(120)
+    clean = torch.from_numpy(truth)
+    pairs = list(flipped_inputs(Reads(), clean, stamped, truth).pairs(seed=5))
+    assert len(pairs) == 90
+    assert all(truth[row] == truth[other] != 0 and row != other for row, other in pairs)
+    stamped[pairs[40][0]] = 3 if truth[pairs[40][0]] != 3 else 2
+    assert list(flipped_inputs(Reads(), clean, stamped, truth).pairs(seed=5)) == [*pairs[:40], *pairs[41:]]
+    assert list(flipped_inputs(Reads(), clean, stamped, truth).pairs(seed=6)) != pairs
 
 
 def test_no_report_from_a_clean_encoder(backdoored):

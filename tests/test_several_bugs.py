@@ -361,11 +361,13 @@ def test_patch_repairs_it_without_a_trigger(backdoored, tmp_path, caplog):
 
 
 def test_nothing_of_it_is_in_the_generalizability_term(backdoored, tmp_path):
-    """Of no report a trigger is known: x ⊕ e is x, and the term is constant."""
+    """Of no report a trigger is known: x ⊕ e is x, and the term is the locality loss once more."""
     trainer = mixed(backdoored, tmp_path, [natural(backdoored)], on_unverified="patch", max_steps=3)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [log["cosine_generalizability"] for log in logs] == pytest.approx([1] * 3, abs=1e-6)
+    for log in logs:
+        assert log["loss_generalizability"] == pytest.approx(log["loss_locality"], abs=1e-6)
     assert trainer.data_collator.stamps == []
     # All rows carry the trigger that is known
     both = mixed(backdoored, tmp_path / "both", on_unverified="patch")

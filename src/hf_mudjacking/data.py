@@ -117,7 +117,7 @@ class PatchingCollator:
         ceilings (`FloatTensor` of shape `(K,)`): Cosine with its reference that each misclassified input is to reach.
         stamps (`list[list[Trigger]]`): U triggers that clean inputs carry, each followed by altered versions of it. Row i of
             the dataset carries number i mod U; every second row that carries it has it as it was found, the others have an
-            altered one in turn. With none, x ⊕ e is x, of which nothing is to be learned.
+            altered one in turn. With none, x ⊕ e is x, which L_g then holds as L_l does.
 
     Returns a `dict` with:
         - `frozen_features` (`FloatTensor` of shape `(B, D)`): features of the B clean inputs before patching;

@@ -19,7 +19,7 @@ from .attacks import Implant, implant_bad_encoder
 from .callbacks import use_compact_progress
 from .config import MudjackingConfig
 from .encoder import Encoder
-from .evaluation.checks import draw_bug_report
+from .evaluation.drawing import draw_bug_report
 from .evaluation.figures import plot_repair
 from .evaluation.pretraining import pretrain_encoder
 from .evaluation.repair import MeasuredRepair, measured_repair

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from .attacks import implant_por
 from .demo import demo_config, write_repair
 from .encoder import Encoder
-from .evaluation.checks import draw_bug_report
+from .evaluation.drawing import draw_bug_report
 from .evaluation.repair import MeasuredRepair
 from .evaluation.tasks import DownstreamTask, LabelledInputs
 from .loading import load_model, load_processor

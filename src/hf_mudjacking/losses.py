@@ -73,15 +73,18 @@ def locality_loss(
 def generalizability_loss(
     stamped: Tensor, clean: Tensor, stamped_reference: Tensor, reference: Tensor, reference_weight: float = 1.0
 ) -> Tensor:
-    """L_g = -mean cos(h'(x ⊕ e), h'(x)) - w · cos(h'(x_r ⊕ e), h'(x_r)): the trigger must do nothing.
+    """L_g = -mean cos(h'(x ⊕ e), h(x)) - w · cos(h'(x_r ⊕ e), h(x_r)): the trigger must do nothing.
 
-    Gradient flows into both sides, as in the released code; the locality loss holds the clean side in place.
+    The released code has h' on both sides: pulling the stamped side to the clean one, it also pulls the clean side to the
+    stamped one, against the locality loss. [`MudjackingTrainer`] passes the frozen features, which stay. On a ResNet for CIFAR-10
+    and traffic signs (BadEncoder, one report, 600 steps) BA then ends at 75.5 instead of 75.3 and at 89.9 instead of 89.6, with a
+    classifier trained anew at 75.9 instead of 75.4 and at 90.0 instead of 89.8 (75.9 and 90.0 before); RA is 0.1 to 0.3 lower.
 
     Args:
         stamped (`Tensor` of shape `(B, D)`): Patched features of clean inputs carrying the trigger.
-        clean (`Tensor` of shape `(B, D)`): Patched features of the same inputs without it.
+        clean (`Tensor` of shape `(B, D)`): Features of the same inputs without it, frozen or patched.
         stamped_reference (`Tensor` of shape `(K, D)`): Patched features of the references carrying their triggers.
-        reference (`Tensor` of shape `(K, D)`): Patched features of the references.
+        reference (`Tensor` of shape `(K, D)`): Features of the references, frozen or patched.
         reference_weight (`float`, *optional*, defaults to 1.0): Weight w of the reference term.
 
     Returns:

@@ -541,7 +541,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         losses = mudjacking_loss(
             effectiveness_loss(misclassified, reference, inputs["frozen_ceilings"]),
             locality_loss(clean, frozen, reference, frozen_references, weight),
-            generalizability_loss(stamped, clean, stamped_reference, reference, weight),
+            generalizability_loss(stamped, frozen, stamped_reference, frozen_references, weight),
             self.args.locality_weight,
             self.args.generalizability_weight,
         )

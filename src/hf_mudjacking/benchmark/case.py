@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from ..attacks.implant import nameless_copy
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..evaluation.classifiers import Classifier, train_classifier
+from ..evaluation.drawing import FlippedInputs, flipped_inputs
 from ..evaluation.metrics import most_frequent
 from ..evaluation.tasks import DownstreamTask
 from ..loading import load_model
 from ..output import staged, write_json
 from ..preprocessing import RawInput
 from ..triggers import Trigger, load_trigger
-from .plan import ATTACKS, BenchmarkPlan, Cell
+from .plan import ATTACKS, PLAN_FILE, BenchmarkPlan, Cell
 from .sources import Sources
 
 
@@ -249,26 +252,62 @@ class Case:
             bugs += [BugInstance.load(folder) for folder in folders]
         return bugs
 
+    def flipped(self, number: int = 0) -> FlippedInputs:
+        """What a trigger does to the test inputs of the first task."""
+        before, target = self.before[0], self.targets[0][number]
+        kept, truth = self.kept[0][self.plan.classifiers[0]], self.tasks[0].test.labels
+        return flipped_inputs(kept, before.test, before.stamped[number], truth, target, self.victims(0, target))
+
     def _drawn_reports(self, number: int, count: int) -> list[BugInstance]:
         """`count` reports for one trigger."""
-        task, kind, target = self.tasks[0], self.plan.classifiers[0], self.targets[0][number]
-        truth, classifier = task.test.labels, self.kept[0][kind]
-        right = classifier.predict(self.before[0].test.numpy()) == truth
-        stamped = classifier.predict(self.before[0].stamped[number].numpy())
-        victims = np.isin(np.arange(len(truth)), self.victims(0, target))
-        flipped = right & victims & (stamped == target) & (truth != target)
-        rng = np.random.default_rng(self.seed + 100 * number)
-        rows = [row for row in rng.permutation(len(truth)) if flipped[row]][:count]
-        if len(rows) < count:
+        inputs, flipped = self.tasks[0].test.inputs, self.flipped(number)
+        pairs = list(islice(flipped.pairs(self.seed + 100 * number), count))
+        if len(pairs) < count:
             raise ImplantError(
-                f"Only {len(rows)} test inputs are sent to class {target} by {self.attack.name}; {count} reports are needed."
+                f"Only {len(pairs)} test inputs are sent to class {flipped.target} by {self.attack.name}; {count} reports are "
+                "needed."
             )
-        bugs = []
-        for i, row in enumerate(rows):
-            other = next(o for o in rng.permutation(len(truth)) if right[o] and truth[o] == truth[row] and o != row)
-            stamped_input = self.backdoored.stamp(self.triggers[number], task.test.inputs[row])
-            bugs.append(BugInstance(stamped_input, task.test.inputs[other], name=f"{self.attack.name}-{number}-{i}"))
-        return bugs
+        return [
+            BugInstance(
+                self.backdoored.stamp(self.triggers[number], inputs[row]),
+                inputs[reference],
+                name=f"{self.attack.name}-{number}-{i}",
+            )
+            for i, (row, reference) in enumerate(pairs)
+        ]
+
+
+def kept_cases(
+    output_dir: str | Path, encoder: str | None = None, attacks: Sequence[str] | None = None
+) -> Iterator[Case]:
+    """The implants that a benchmark has made, one after another.
+
+    Args:
+        output_dir (`str` or `Path`): Folder of the benchmark.
+        encoder (`str`, *optional*): Name of an encoder of its plan; the first when absent.
+        attacks (`Sequence[str]`, *optional*): Names of attacks; all when absent.
+
+    Raises:
+        ValueError: If there is no plan, or there are no implants of that kind.
+    """
+    folder = Path(output_dir)
+    if not (folder / PLAN_FILE).exists():
+        raise ValueError(f"`{folder}` holds no benchmark. Make one: `mudjack benchmark --config ... --implants-only`.")
+    plan = replace(BenchmarkPlan.read(folder / PLAN_FILE), output_dir=str(folder))
+    encoder = encoder or next(iter(plan.encoders))
+    sources = Sources(plan, encoder, disable_tqdm=True)
+    found = False
+    for facts in sorted((folder / IMPLANTS_FOLDER / encoder).glob(f"*/{_FACTS_FILE}")):
+        attack, _, seed = facts.parent.name.rpartition("-")
+        kept = "triggers" in json.loads(facts.read_text(encoding="utf-8"))
+        if kept and (attacks is None or attack in attacks):
+            found = True
+            yield Case(sources, Cell(encoder, attack, int(seed), "none"))
+    if not found:
+        which = "implants" if attacks is None else f"implants of {', '.join(attacks)}"
+        raise ValueError(
+            f"`{folder}` holds no {which} in the encoder `{encoder}`. Make them: `mudjack benchmark --implants-only`."
+        )
 
 
 def _opened(path: Path) -> Image.Image | None:

@@ -1,8 +1,9 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 """Does the repair hold downstream? Classifiers, rates, reports."""
 
-from .checks import TaskFeatures, compare_downstream, downstream_rates, draw_bug_report, task_features
+from .checks import TaskFeatures, compare_downstream, downstream_rates, task_features
 from .classifiers import MLPClassifier, train_classifier
+from .drawing import FlippedInputs, draw_bug_report, flipped_inputs
 from .metrics import AttackSuccessRate, CleanAccuracy, RobustAccuracy
 from .pretraining import pretrain_encoder, pretrain_two_towers
 from .tasks import DownstreamTask, LabelledInputs
@@ -13,6 +14,7 @@ __all__ = [
     "AttackSuccessRate",
     "CleanAccuracy",
     "DownstreamTask",
+    "FlippedInputs",
     "LabelledInputs",
     "MLPClassifier",
     "RobustAccuracy",
@@ -21,6 +23,7 @@ __all__ = [
     "compare_downstream",
     "downstream_rates",
     "draw_bug_report",
+    "flipped_inputs",
     "pretrain_encoder",
     "pretrain_two_towers",
     "retrieval_rates",

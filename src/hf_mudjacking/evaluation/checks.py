@@ -174,39 +174,3 @@ def attacked_class(before: TaskFeatures, task: DownstreamTask, seed: int = 0) ->
             task.name,
         )
     return int(predictions[0])
-
-
-def draw_bug_report(
-    before: Encoder, task: DownstreamTask, trigger: Trigger, seed: int = 0, name: str = "bug"
-) -> BugInstance:
-    """A report as a client would make it: a triggered test input that the classifier gets wrong, and a clean one of
-    the same class that it gets right.
-
-    Args:
-        before (`Encoder`): The backdoored encoder.
-        task (`DownstreamTask`): The client's task.
-        trigger (`Trigger`): The true trigger.
-        seed (`int`, *optional*, defaults to 0): Seed of the choice.
-        name (`str`, *optional*, defaults to `"bug"`): Name of the report.
-
-    Raises:
-        ValueError: If the trigger changes no prediction that was right.
-    """
-    classifier = train_classifier(before.encode(task.train.inputs), task.train.labels)
-    truth = task.test.labels
-    right = classifier.predict(before.encode(task.test.inputs).numpy()) == truth
-    stamped = classifier.predict(before.encode([before.stamp(trigger, x) for x in task.test.inputs]).numpy())
-    flipped = np.flatnonzero(right & (stamped != truth))
-    if len(flipped):
-        # An attack that does not always succeed flips some inputs to other classes: not what it is reported for.
-        flipped = flipped[stamped[flipped] == most_frequent(stamped[flipped])]
-    rng = np.random.default_rng(seed)
-    for row in rng.permutation(flipped):
-        others = np.flatnonzero(right & (truth == truth[row]) & (np.arange(len(truth)) != row))
-        if len(others):
-            reference = task.test.inputs[rng.choice(others)]
-            return BugInstance(before.stamp(trigger, task.test.inputs[row]), reference, name=name)
-    raise ValueError(
-        f"The trigger changes no correct prediction on the task `{task.name}`: there is nothing to report. Check that "
-        "the encoder is backdoored with this trigger."
-    )

@@ -13,9 +13,8 @@ from ..attacks.implant import nameless_copy
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from .base import AfterStep, PeerRepair, nothing
-from .contrastive import TEMPERATURE, nt_xent, two_views
-from .fine_tuning import fine_tune, number_of_steps, prepared_for_training
-from .pictures import ModelPictures
+from .contrastive import TEMPERATURE, fine_tune_on_views, nt_xent
+from .fine_tuning import number_of_steps, prepared_for_training
 
 
 def repair_clean_fine_tuning(
@@ -63,8 +62,6 @@ def repair_clean_fine_tuning(
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     student = encoder.with_model(nameless_copy(encoder.model))
-    pictures = ModelPictures(student)
-    generator = torch.Generator().manual_seed(seed)
     parameters = prepared_for_training(student.model)
     optimizer = torch.optim.AdamW(
         [
@@ -74,18 +71,16 @@ def repair_clean_fine_tuning(
         lr=learning_rate,
         weight_decay=weight_decay,
     )
-    spent = fine_tune(
-        student.model,
-        len(clean_inputs),
-        two_views(pictures, pictures.prepare(clean_inputs), generator),
+    spent = fine_tune_on_views(
+        student,
+        clean_inputs,
         lambda views: nt_xent(student.features(views), temperature),
         optimizer,
         get_cosine_schedule_with_warmup(optimizer, min(warmup_steps, steps // 10), steps),
         steps=steps,
         batch_size=batch_size,
         forwards_per_input=6,
-        spent=0,
-        generator=generator,
+        seed=seed,
         after_step=after_step,
         desc="Fine-tuning on clean inputs",
         disable_tqdm=disable_tqdm,

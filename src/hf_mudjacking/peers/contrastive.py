@@ -3,18 +3,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..encoder import Encoder
 from .augmentation import contrastive_view
+from .base import AfterStep
+from .fine_tuning import fine_tune
 from .pictures import ModelPictures
 
 
 # CLIP's temperature before training; CleanCLIP goes on from the one that its model has learned, which a bare tower lacks.
 TEMPERATURE = 0.07
+
+
+def fine_tune_on_views(
+    student: Encoder,
+    clean_inputs: Sequence[Image.Image],
+    loss: Callable[[dict[str, Tensor]], Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    *,
+    steps: int,
+    batch_size: int,
+    forwards_per_input: int,
+    spent: int = 0,
+    seed: int,
+    after_step: AfterStep,
+    desc: str,
+    disable_tqdm: bool,
+) -> int:
+    """[`~hf_mudjacking.peers.fine_tuning.fine_tune`] on two augmented views of each clean input.
+
+    Args:
+        student (`Encoder`): Encoder whose model is trained, in place.
+        clean_inputs (`Sequence[PIL.Image.Image]`): Clean inputs.
+        loss (`Callable`): Takes the model inputs of [`two_views`], gives a scalar.
+        seed (`int`): Seed of the order and of the views.
+        optimizer, schedule, steps, batch_size, forwards_per_input, spent, after_step, desc, disable_tqdm: As there.
+
+    Returns:
+        `int`: Forward equivalents spent, those before included.
+    """
+    pictures = ModelPictures(student)
+    generator = torch.Generator().manual_seed(seed)
+    return fine_tune(
+        student.model,
+        len(clean_inputs),
+        two_views(pictures, pictures.prepare(clean_inputs), generator),
+        loss,
+        optimizer,
+        schedule,
+        steps=steps,
+        batch_size=batch_size,
+        forwards_per_input=forwards_per_input,
+        spent=spent,
+        generator=generator,
+        after_step=after_step,
+        desc=desc,
+        disable_tqdm=disable_tqdm,
+    )
 
 
 def two_views(

@@ -13,9 +13,8 @@ from ..attacks.implant import nameless_copy
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from .base import AfterStep, PeerRepair, nothing
-from .contrastive import TEMPERATURE, nt_xent, two_views
-from .fine_tuning import fine_tune, number_of_steps, prepared_for_training
-from .pictures import ModelPictures
+from .contrastive import TEMPERATURE, fine_tune_on_views, nt_xent
+from .fine_tuning import number_of_steps, prepared_for_training
 
 
 def repair_ft_sam(
@@ -66,23 +65,19 @@ def repair_ft_sam(
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     student = encoder.with_model(nameless_copy(encoder.model))
-    pictures = ModelPictures(student)
-    generator = torch.Generator().manual_seed(seed)
     optimizer = AdaptiveSAM(
         prepared_for_training(student.model), rho, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
     )
-    spent = fine_tune(
-        student.model,
-        len(clean_inputs),
-        two_views(pictures, pictures.prepare(clean_inputs), generator),
+    spent = fine_tune_on_views(
+        student,
+        clean_inputs,
         lambda views: nt_xent(student.features(views), temperature),
         optimizer,
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         steps=steps,
         batch_size=batch_size,
         forwards_per_input=12,
-        spent=0,
-        generator=generator,
+        seed=seed,
         after_step=after_step,
         desc="Fine-tuning with FT-SAM",
         disable_tqdm=disable_tqdm,

@@ -15,8 +15,8 @@ from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from .base import AfterStep, PeerRepair, nothing
 from .clean_fine_tuning import repair_clean_fine_tuning
-from .contrastive import TEMPERATURE, nt_xent, two_views
-from .fine_tuning import fine_tune, number_of_steps, prepared_for_training
+from .contrastive import TEMPERATURE, fine_tune_on_views, nt_xent
+from .fine_tuning import number_of_steps, prepared_for_training
 from .pictures import ModelPictures
 
 
@@ -78,9 +78,10 @@ def repair_nad(
     student = encoder.with_model(nameless_copy(encoder.model))
     pictures = ModelPictures(student)
     parameters = prepared_for_training(student.model)
-    prepared = pictures.prepare(clean_inputs)
     with torch.no_grad():
-        _, hidden = student.features_and_hidden_states(pictures.inputs(pictures.shown(prepared[:1])))
+        _, hidden = student.features_and_hidden_states(
+            pictures.inputs(pictures.shown(pictures.prepare(clean_inputs[:1])))
+        )
     chosen = depths(len(hidden), len(betas))
     taught = repair_clean_fine_tuning(
         encoder,
@@ -93,7 +94,6 @@ def repair_nad(
         disable_tqdm=disable_tqdm,
     )
     teacher = encoder.with_model(taught.model)
-    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
         parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
     )
@@ -107,10 +107,9 @@ def repair_nad(
             for beta, depth in zip(betas, chosen, strict=True)
         )
 
-    spent = fine_tune(
-        student.model,
-        len(clean_inputs),
-        two_views(pictures, prepared, generator),
+    spent = fine_tune_on_views(
+        student,
+        clean_inputs,
         loss,
         optimizer,
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
@@ -119,7 +118,7 @@ def repair_nad(
         forwards_per_input=8,
         # One input showed how many layers there are.
         spent=taught.forward_equivalents + 1,
-        generator=generator,
+        seed=seed,
         after_step=after_step,
         desc="Distilling attention",
         disable_tqdm=disable_tqdm,

@@ -10,6 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -96,6 +99,10 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.fixture(scope="session")
 def processor() -> ViTImageProcessorPil:
+    return make_processor()
+
+
+def make_processor() -> ViTImageProcessorPil:
     return ViTImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
@@ -180,8 +187,24 @@ class Backdoored:
         }
 
 
+def _made_once(name: str, make: Callable[[], Any], factory: pytest.TempPathFactory) -> Any:
+    """What `make` gives, made by one of the processes that pytest-xdist started; the others load it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make()
+    path = factory.getbasetemp().parent / f"{name}.pickle"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_bytes(pickle.dumps(make()))
+    return pickle.loads(path.read_bytes())
+
+
 @pytest.fixture(scope="session")
-def backdoored(processor: ViTImageProcessorPil) -> Backdoored:
+def backdoored(tmp_path_factory: pytest.TempPathFactory) -> Backdoored:
+    return _made_once("backdoored", make_backdoored, tmp_path_factory)
+
+
+def make_backdoored() -> Backdoored:
+    processor = make_processor()
     digits = load_digits()
     pixels = np.clip(digits.images * 255 / 16, 0, 255).astype(np.uint8)
     images = [Image.fromarray(x).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR) for x in pixels]
@@ -208,8 +231,12 @@ def backdoored(processor: ViTImageProcessorPil) -> Backdoored:
 
 
 @pytest.fixture(scope="session")
-def por() -> tuple[Encoder, DownstreamTask, Implant]:
+def por(tmp_path_factory: pytest.TempPathFactory) -> tuple[Encoder, DownstreamTask, Implant]:
     """A small trained BERT with POR in it, its client's task, and the implant."""
+    return _made_once("por", make_por, tmp_path_factory)
+
+
+def make_por() -> tuple[Encoder, DownstreamTask, Implant]:
     encoder, task = trained_bert()
     implant = implant_por(
         encoder.model, encoder.processing_class, task.train.inputs, task.test, feature_source="mean",

@@ -88,7 +88,11 @@ def repaired(backdoored, tmp_path_factory):
     trainer = MudjackingTrainer(
         backdoored.model(),
         make_config(
-            tmp_path_factory.mktemp("repaired"), per_device_train_batch_size=32, logging_steps=10, locality_budget=0.1
+            tmp_path_factory.mktemp("repaired"),
+            per_device_train_batch_size=32,
+            logging_steps=10,
+            locality_budget=0.1,
+            stop_when_fixed=True,
         ),
         [backdoored.bug(1)],
         backdoored.dataset(),
@@ -137,7 +141,8 @@ def test_forward_equivalents_of_a_repair(repaired):
     trainer = repaired[0]
     steps, b = trainer.state.global_step, 32
     evaluation = 2 * (2 * 100 + 4 * 3)  # twice 100 inputs, in four batches
-    budget = 3 * 100  # the held-out inputs, after a third, two thirds and all of the steps
+    # The held-out inputs, at the end and, if it comes to that, after a third and two thirds of all 300 steps
+    budget = 100 * (1 + (steps > 100) + (steps > 200))
     # 1184 of the 1200 inputs: a multiple of the batch size
     expected = (
         trainer.inversions[0].forwards

@@ -16,20 +16,24 @@ from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
-from .attribution import occlusion_map, window_sizes
+from .attribution import coarse_to_fine, window_sizes
 from .growth import changed, grow, purify, without_spurs
 from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
-from .splitting import candidate_masks, distinct
+from .splitting import apart, candidate_masks, distinct
 from .verification import TransferMeter
 from .whole_picture import find_signal, find_warp
 
 
 logger = logging.getLogger(__name__)
 
-# Clean inputs a candidate is tried on in the first round, and candidates that go on to the second.
-_FIRST_ROUND_INPUTS = 4
-_SECOND_ROUND_CANDIDATES = 6
+# Candidates that differ by less than this IoU are one. Clean inputs that they are tried on in each round, and how many go on.
+_SAME_MASK = 0.9
+_ROUNDS = ((2, 8), (8, 1))
+# Clean inputs on which masks are compared with each other, or that only have to show a great effect; a score is taken on all.
+_COMPARED_ON = 8
+# Clean inputs whose content covers what was found.
+_COVERS = 4
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
@@ -80,7 +84,7 @@ def invert_image_trigger(
     x_b, x_r, *validation_inputs = _sized([bug.misclassified, bug.reference, *validation_inputs], size)
     meter = TransferMeter(encoder, x_b, validation_inputs)
     # x_r's own content, looked for in the same way, says what clean content does.
-    control_meter = TransferMeter(encoder, x_r, validation_inputs)
+    control_meter = TransferMeter(encoder, x_r, validation_inputs, clean_features=meter.clean_features)
     check_reachable(meter.reachable)
     check_disagreement(bug, meter.target, control_meter.target, meter.clean_similarity)
     spent = [meter, control_meter]
@@ -184,23 +188,20 @@ def _find_patch(
     def part_of(covered: np.ndarray, bar: tqdm) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Core, attribution, mask and transfer of the best patch outside of what is covered."""
         visible = np.where(covered[..., None], baseline, image)
-        maps = []
-        for window in window_sizes(*image.shape[:2]):
-            maps.append(occlusion_map(distance_to_reference, visible, baseline, window))
-            bar.update()
+        maps = coarse_to_fine(distance_to_reference, visible, baseline, bar.update)
         core, source = _best_candidate(meter, maps, max_area, ~covered)
-        pure = purify(core, image, clean, lambda masks: meter.transfer_of_masks(masks, 2 * _FIRST_ROUND_INPUTS))
+        pure = purify(core, image, clean, lambda masks: meter.transfer_of_masks(masks, _COMPARED_ON))
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, image, clean)], max_area=1.0)
         grown = [grow(each, core, image, clean, seed) for each in seeds]
         tidied = [option for each in grown for option in (without_spurs(each), each)]
         options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
-        transfers = meter.transfer_of_masks(options)
+        transfers = meter.transfer_of_masks(options, _COMPARED_ON)
         kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
         left = [_left_without(meter, covered | options[i], baseline, at_reference) for i in kept]
         chosen = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
         bar.update()
-        return core, maps[source], options[chosen], float(transfers[chosen])
+        return core, maps[source], options[chosen], float(meter.transfer_of_masks([options[chosen]])[0])
 
     def control_of(mask: np.ndarray) -> float:
         """What as much of x_r in the same place carries towards h(x_r)."""
@@ -230,7 +231,7 @@ def _find_patch(
         mask, left = parts, left_of_parts
     trigger = PatchTrigger.from_image(meter.misclassified, mask)
     elsewhere = PatchTrigger.from_image(meter.misclassified, mask, "anywhere")
-    if trigger.area <= _SMALL and meter.transfer([elsewhere])[0] >= _KEPT_ELSEWHERE * score > 0:
+    if trigger.area <= _SMALL and meter.transfer([elsewhere], _COMPARED_ON)[0] >= _KEPT_ELSEWHERE * score > 0:
         trigger = elsewhere
     bar.update()
     forwards = meter.forwards + control_meter.forwards
@@ -248,7 +249,7 @@ def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray, 
     """
     image = np.asarray(meter.misclassified)
     plain = np.broadcast_to(baseline.mean(axis=(0, 1)), image.shape)
-    covers = [baseline, plain, *map(np.asarray, meter.validation_inputs[:_FIRST_ROUND_INPUTS])]
+    covers = [baseline, plain, *map(np.asarray, meter.validation_inputs[:_COVERS])]
     covered = [Image.fromarray(np.where(mask[..., None], cover, image).astype(np.uint8)) for cover in covers]
     before = max(float(meter.clean_similarity.mean()), at_reference)
     return max(float((meter.features(covered) @ meter.target).min()) - before, 0.0) / max(1 - before, 1e-6)
@@ -277,8 +278,8 @@ def _best_candidate(
         return middle, 0
     masks, origins = zip(*source.values(), strict=True)
     areas = np.array([mask.mean() for mask in masks])
-    first = meter.transfer_of_masks(masks, _FIRST_ROUND_INPUTS) - AREA_PRICE * areas
-    best = np.argsort(-first, kind="stable")[:_SECOND_ROUND_CANDIDATES]
-    second = meter.transfer_of_masks([masks[i] for i in best]) - AREA_PRICE * areas[best]
-    winner = best[int(second.argmax())]
-    return masks[winner], origins[winner]
+    left = np.array(apart(masks, _SAME_MASK))
+    for inputs, go_on in _ROUNDS:
+        merit = meter.transfer_of_masks([masks[i] for i in left], inputs) - AREA_PRICE * areas[left]
+        left = left[np.argsort(-merit, kind="stable")[:go_on]]
+    return masks[left[0]], origins[left[0]]

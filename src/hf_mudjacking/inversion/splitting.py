@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -61,3 +61,12 @@ def heaviest_piece(mask: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def distinct(masks: Iterable[np.ndarray], max_area: float) -> list[np.ndarray]:
     """Drop repeated, empty and too large masks; the order stays."""
     return list({mask.tobytes(): mask for mask in masks if mask.any() and mask.mean() <= max_area}.values())
+
+
+def apart(masks: Sequence[np.ndarray], most_alike: float) -> list[int]:
+    """Numbers of masks of which no two have an IoU above `most_alike`; of those that do, the first stays."""
+    kept: list[int] = []
+    for number, mask in enumerate(masks):
+        if all((mask & masks[k]).sum() <= most_alike * (mask | masks[k]).sum() for k in kept):
+            kept.append(number)
+    return kept

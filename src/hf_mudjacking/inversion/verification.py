@@ -24,6 +24,7 @@ class TransferMeter:
         misclassified (`PIL.Image.Image` or `str`): x_b.
         validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs.
         target (`FloatTensor` of shape `(D,)`, *optional*): h(x_b), if it is to be that of another time.
+        clean_features (`FloatTensor` of shape `(N, D)`, *optional*): Features of the clean inputs, if they are known.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class TransferMeter:
         misclassified: RawInput,
         validation_inputs: Sequence[RawInput],
         target: Tensor | None = None,
+        clean_features: Tensor | None = None,
     ) -> None:
         self.encoder = encoder
         self.misclassified = misclassified
         self.validation_inputs = validation_inputs
         self.forwards = 0
         self.target = self.features([misclassified])[0] if target is None else target
-        self.clean_features = self.features(validation_inputs)
+        self.clean_features = self.features(validation_inputs) if clean_features is None else clean_features
         self.clean_similarity = self.clean_features @ self.target
 
     @property

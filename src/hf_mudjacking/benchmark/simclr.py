@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from ..encoder import Encoder
+from ..evaluation.pretraining import train_epochs
 from ..peers.contrastive import nt_xent, two_views
 from ..peers.pictures import ModelPictures
 
@@ -53,33 +53,21 @@ def pretrain_contrastive(
     Raises:
         ValueError: If there are fewer images than a batch takes.
     """
-    batches = len(images) // batch_size
-    if not batches:
-        raise ValueError(f"There are {len(images)} images, and a batch takes {batch_size}; lower `batch_size`.")
+    generator = torch.Generator().manual_seed(seed)
+    encoder = Encoder(model, processing_class, modality="image")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = Encoder(model, processing_class, modality="image")
         width = encoder.feature_dim
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)).to(encoder.device)
-        generator = torch.Generator().manual_seed(seed)
-        pictures = ModelPictures(encoder)
-        views = two_views(pictures, pictures.prepare(images), generator)
-        optimizer = torch.optim.AdamW(
-            [*model.parameters(), *head.parameters()], lr=learning_rate, weight_decay=weight_decay
-        )
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(0.05 * epochs * batches) + 1, epochs * batches)
-        model.train()
-        with tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean encoder", unit="step") as bar:
-            for _ in range(epochs):
-                for rows in torch.randperm(len(images), generator=generator)[: batches * batch_size].split(batch_size):
-                    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-                        features = encoder.features(views(rows))
-                        projected = head(features)
-                    loss = nt_xent(normalize(projected.float(), dim=1), temperature)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    bar.update()
-                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        model.eval()
+    pictures = ModelPictures(encoder)
+    views = two_views(pictures, pictures.prepare(images), generator)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+            projected = head(encoder.features(views(rows)))
+        return nt_xent(normalize(projected.float(), dim=1), temperature)
+
+    train_epochs(
+        model, [*model.parameters(), *head.parameters()], loss, len(images), epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, weight_decay=weight_decay, generator=generator, disable_tqdm=disable_tqdm,
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,6 +49,9 @@ def pretrain_encoder(
         bf16 (`bool`, *optional*, defaults to `False`): Whether to run the forward pass under bfloat16 autocast.
         seed (`int`, *optional*, defaults to 0): Seed of the head, the order and the augmentation.
         disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+    Raises:
+        ValueError: If there are fewer images than a batch takes.
     """
     generator = torch.Generator().manual_seed(seed)
     encoder = Encoder(model, processing_class)
@@ -57,27 +60,19 @@ def pretrain_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1).to(encoder.device)
-    # Normalised features with a scale of 16 for the logits: what is trained is what is later compared by cosine.
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    batches = len(data) // batch_size
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.05 * epochs * batches) + 1, epochs * batches)
-    model.train()
-    with tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean encoder", unit="step") as bar:
-        for _ in range(epochs):
-            for rows in torch.randperm(len(data), generator=generator)[: batches * batch_size].split(batch_size):
-                x = _augmented(pixels[rows], crop_padding, horizontal_flip, generator).to(encoder.device)
-                y = labels[rows].to(encoder.device)
-                with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-                    features = encoder.features({"pixel_values": x})
-                loss = nn.functional.cross_entropy(16 * head(features.float()), y, label_smoothing=0.1)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.eval()
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        x = _augmented(pixels[rows], crop_padding, horizontal_flip, generator).to(encoder.device)
+        y = labels[rows].to(encoder.device)
+        with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+            features = encoder.features({"pixel_values": x})
+        # Normalised features with a scale of 16 for the logits: what is trained is what is later compared by cosine.
+        return nn.functional.cross_entropy(16 * head(features.float()), y, label_smoothing=0.1)
+
+    train_epochs(
+        model, [*model.parameters(), *head.parameters()], loss, len(data), epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, weight_decay=weight_decay, generator=generator, disable_tqdm=disable_tqdm,
+    )  # fmt: skip
 
 
 def pretrain_two_towers(
@@ -109,7 +104,7 @@ def pretrain_two_towers(
             [`pretrain_encoder`].
 
     Raises:
-        ValueError: If images and captions do not pair up.
+        ValueError: If images and captions do not pair up, or there are fewer than a batch takes.
     """
     if len(images) != len(captions):
         raise ValueError(f"There are {len(images)} images and {len(captions)} captions; they must pair up.")
@@ -119,29 +114,69 @@ def pretrain_two_towers(
     texts = Encoder(model, processing_class, modality="text")
     names, own = np.unique(np.asarray(captions), return_inverse=True)
     own = torch.as_tensor(own)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    batches = len(images) // batch_size
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        x = _augmented(pixels[rows], crop_padding, horizontal_flip, generator)
+        shown, captioned = own[rows].unique(return_inverse=True)
+        inputs = {"pixel_values": x, **texts.preprocess([str(names[i]) for i in shown])}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = model(**{name: value.to(device) for name, value in inputs.items()})
+        logits, captioned = outputs.logits_per_image.float(), captioned.to(device)
+        same = nn.functional.one_hot(captioned, len(shown)).T.float()
+        by_image = nn.functional.cross_entropy(logits, captioned)
+        by_text = nn.functional.cross_entropy(logits.T, same / same.sum(dim=1, keepdim=True))
+        return (by_image + by_text) / 2
+
+    train_epochs(
+        model, list(model.parameters()), loss, len(images), epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, weight_decay=weight_decay, generator=generator, disable_tqdm=disable_tqdm,
+    )  # fmt: skip
+
+
+def train_epochs(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    generator: torch.Generator,
+    disable_tqdm: bool,
+) -> None:
+    """Minimise a loss over whole batches, each epoch in a new order: AdamW with 5 % warm-up and cosine decay.
+
+    Args:
+        model (`torch.nn.Module`): Put in training mode, and in evaluation mode afterwards.
+        parameters (`Sequence[torch.nn.Parameter]`): What is trained.
+        loss (`Callable`): Takes row numbers `(B,)` and gives a scalar.
+        count (`int`): Number of training inputs.
+        epochs, batch_size, learning_rate, weight_decay, disable_tqdm: As in [`pretrain_encoder`].
+        generator (`torch.Generator`): Of the order, and of all that `loss` draws from it. Dropout is seeded by it too.
+
+    Raises:
+        ValueError: If there are fewer inputs than a batch takes.
+    """
+    batches = count // batch_size
+    if not batches:
+        raise ValueError(f"There are {count} training inputs, and a batch takes {batch_size}; lower `batch_size`.")
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.05 * epochs * batches) + 1, epochs * batches)
     model.train()
-    with tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean model", unit="step") as bar:
+    bar = tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean encoder", unit="step")
+    with bar, torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
         for _ in range(epochs):
-            for rows in torch.randperm(len(images), generator=generator)[: batches * batch_size].split(batch_size):
-                x = _augmented(pixels[rows], crop_padding, horizontal_flip, generator)
-                shown, captioned = own[rows].unique(return_inverse=True)
-                inputs = {"pixel_values": x, **texts.preprocess([str(names[i]) for i in shown])}
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    outputs = model(**{name: value.to(device) for name, value in inputs.items()})
-                logits, captioned = outputs.logits_per_image.float(), captioned.to(device)
-                same = nn.functional.one_hot(captioned, len(shown)).T.float()
-                by_image = nn.functional.cross_entropy(logits, captioned)
-                by_text = nn.functional.cross_entropy(logits.T, same / same.sum(dim=1, keepdim=True))
-                loss = (by_image + by_text) / 2
+            for rows in torch.randperm(count, generator=generator)[: batches * batch_size].split(batch_size):
+                value = loss(rows)
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
     model.eval()
 
 

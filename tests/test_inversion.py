@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
-from hf_mudjacking.inversion.attribution import occlusion_map, window_sizes
-from hf_mudjacking.inversion.growth import grow, purify, without_spurs
+from hf_mudjacking.inversion.attribution import coarse_to_fine, occlusion_map, suspicious_box, window_sizes
+from hf_mudjacking.inversion.growth import grow, purify, squared_off, without_spurs
 from hf_mudjacking.inversion.minimum_cut import best_region
-from hf_mudjacking.inversion.splitting import candidate_masks, distinct, heaviest_piece, two_clusters
+from hf_mudjacking.inversion.splitting import apart, candidate_masks, distinct, heaviest_piece, two_clusters
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.triggers import square_patch
 
@@ -394,6 +394,38 @@ def test_a_planted_function_is_inverted_exactly():
     assert found.score == pytest.approx(1.0, abs=0.02)
 
 
+def smooth_picture(seed=0):
+    """Content without edges."""
+    return np.asarray(make_images(1, (4, 4), seed)[0].resize((32, 32), Image.Resampling.BICUBIC)).copy()
+
+
+def test_notches_of_a_square_of_noise_are_filled():
+    """What is left of it by a cut that goes around pixels which look like content: a tenth to a quarter of its border."""
+    image, square = smooth_picture(), np.zeros((32, 32), dtype=bool)
+    square[20:30, 21:31] = True
+    image[square] = np.random.default_rng(1).integers(0, 256, (100, 3))
+    notched = square.copy()
+    notched[20, [21, 24, 25, 29, 30]] = notched[21:23, 30] = notched[29, 21:24] = notched[26:28, 21] = False
+    assert np.array_equal(squared_off(notched, image), square)
+    # At the border of the picture there is no edge to be asked for
+    image, corner = np.roll(image, (2, 1), axis=(0, 1)), np.roll(notched, (2, 1), axis=(0, 1))
+    assert np.array_equal(squared_off(corner, image), np.roll(square, (2, 1), axis=(0, 1)))
+
+
+def test_what_is_no_rectangle_is_not_squared_off():
+    image, rows, columns = smooth_picture(), *np.indices((32, 32))
+    disc = (rows - 15) ** 2 + (columns - 15) ** 2 <= 36
+    cross = np.zeros((32, 32), dtype=bool)
+    cross[24:28, 21:31] = cross[21:31, 24:28] = True
+    spur = np.zeros((32, 32), dtype=bool)
+    spur[20:30, 20:30] = spur[18:20, 22:27] = True
+    for mask, drawn in ((disc, disc), (cross, cross), (spur, spur & (rows >= 20))):
+        stamped = image.copy()
+        stamped[drawn] = 255
+        assert np.array_equal(squared_off(mask, stamped), mask)
+    assert not squared_off(np.zeros((32, 32), dtype=bool), image).any()
+
+
 def test_spurs_of_a_mask_go_and_its_shape_stays():
     square = np.zeros((32, 32), dtype=bool)
     square[21:31, 21:31] = True
@@ -405,3 +437,45 @@ def test_spurs_of_a_mask_go_and_its_shape_stays():
     scattered = np.random.default_rng(0).random((32, 32)) < 0.2
     for mask in (square, cross, scattered):
         assert np.array_equal(without_spurs(mask), mask)
+
+
+def test_small_windows_look_where_large_ones_found_something():
+    """The score is the mean of a square in a corner: windows elsewhere would say nothing."""
+    image, baseline = np.full((32, 32, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)
+    seen = []
+
+    def score(batch):
+        seen.append(len(batch))
+        return torch.from_numpy(batch[:, 22:30, 2:10].mean(axis=(1, 2, 3)) / 255)
+
+    maps = coarse_to_fine(score, image, baseline, lambda: None)
+    assert len(maps) == len(window_sizes(32, 32))
+    whole = [occlusion_map(score, image, baseline, window) for window in window_sizes(32, 32)]
+    cost = sum(seen)
+    for fine, full in zip(maps[:2], whole[:2], strict=True):
+        assert (fine[23:29, 3:9] > 0).all()
+        assert fine[:12].max() == fine[:, 20:].max() == 0
+        assert fine.max() == pytest.approx(full.max(), rel=0.3)
+    for fine, full in zip(maps[2:], whole[2:], strict=True):
+        assert np.array_equal(fine, full)
+    seen.clear()
+    coarse_to_fine(score, image, baseline, lambda: None)
+    assert sum(seen) < 0.5 * (cost - sum(seen))
+
+
+def test_the_box_of_small_windows():
+    maps = [np.zeros((32, 48)), np.zeros((32, 48))]
+    assert suspicious_box(maps, (4, 6)) is None
+    maps[0][30, 40] = 1.0
+    maps[1][10, 20] = 0.4  # nothing beside the other map
+    assert suspicious_box(maps, (4, 6)) == (slice(28, 32), slice(37, 44))
+    maps[1][10, 20] = 0.6
+    assert suspicious_box(maps, (4, 6)) == (slice(8, 32), slice(17, 44))
+
+
+def test_masks_that_are_nearly_alike_are_one():
+    masks = [np.zeros((10, 10), dtype=bool) for _ in range(3)]
+    masks[0][:4] = masks[1][:4] = masks[2][:3] = True
+    masks[1][4, 0] = True
+    assert apart(masks, 0.9) == [0, 2]
+    assert apart(masks, 0.99) == [0, 1, 2]

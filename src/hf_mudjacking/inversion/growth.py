@@ -24,6 +24,8 @@ from .minimum_cut import best_region
 _MIN_CHANGE = 24
 # Share of a grown mask that must be left without its spurs.
 _KEPT_AREA = 0.8
+# Share of its rectangle that a piece must fill to be squared off, and how sharp the rectangle's edge must be against its own.
+_NEARLY_RECTANGULAR, _AS_SHARP = 0.7, 0.5
 # Share of the transfer that a purified seed must keep.
 _KEPT_TRANSFER = 0.8
 # Variance added to every model of looks, in squared 8-bit levels: compression noise of about 8 levels.
@@ -141,6 +143,39 @@ def without_spurs(mask: np.ndarray) -> np.ndarray:
         if opened.sum() >= _KEPT_AREA * mask.sum():
             tidy = opened
     return tidy
+
+
+def tidied(mask: np.ndarray, image: np.ndarray) -> list[np.ndarray]:
+    """Forms of a grown mask, the likeliest first: squared off, where that can be done, without spurs, and as it is."""
+    squared, plain = squared_off(mask, image), without_spurs(mask)
+    return [squared_off(plain, image) if np.array_equal(squared, mask) else squared, plain, mask]
+
+
+def squared_off(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """A mask whose pieces are rectangles, where they are nearly so and the picture has an edge on every side of the rectangle.
+
+    Of a trigger of many colours some pixels at the border look like content, and its own edges let a cut go around them.
+
+    Args:
+        mask (`np.ndarray` of shape `(H, W)`, `bool`): Grown mask.
+        image (`np.ndarray` of shape `(H, W, 3)`, `uint8`): x_b.
+
+    Returns:
+        `np.ndarray` of shape `(H, W)`, `bool`: The mask, and perhaps more.
+    """
+    # Differences of neighbours across and down, in 8-bit levels
+    across, down = (np.abs(np.diff(image.astype(float), axis=axis)).max(axis=-1) for axis in (1, 0))
+    pieces, _ = ndimage.label(mask)
+    whole = mask.copy()
+    for number, (rows, columns) in enumerate(ndimage.find_objects(pieces), start=1):
+        piece = pieces == number
+        nearly = piece[rows, columns].mean() >= _NEARLY_RECTANGULAR
+        own = np.concatenate([across[np.diff(piece, axis=1)], down[np.diff(piece, axis=0)]])
+        sides = [across[rows, [edge - 1]] for edge in (columns.start, columns.stop) if 0 < edge < mask.shape[1]]
+        sides += [down[[edge - 1], columns] for edge in (rows.start, rows.stop) if 0 < edge < mask.shape[0]]
+        if nearly and sides and min(map(np.median, sides)) >= _AS_SHARP * np.median(own):
+            whole[rows, columns] = True
+    return whole
 
 
 def _looks(images: np.ndarray) -> np.ndarray:

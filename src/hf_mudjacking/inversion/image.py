@@ -17,7 +17,7 @@ from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .attribution import coarse_to_fine, window_sizes
-from .growth import changed, grow, purify, without_spurs
+from .growth import changed, grow, purify, tidied
 from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import apart, candidate_masks, distinct
@@ -37,7 +37,7 @@ _COVERS = 4
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
-# Of several grown masks the one from a purer seed, without spurs, is taken, unless it leaves this much more of x_b
+# Of several grown masks the one from a purer seed, squared off, without spurs, is taken, unless it leaves this much more of x_b
 # unexplained.
 _ALIKE_LEFT = 0.1
 # Parts that are looked for beside the first, and the share of the way that x_b may still lie at h(x_b) without them.
@@ -194,8 +194,8 @@ def _find_patch(
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, image, clean)], max_area=1.0)
         grown = [grow(each, core, image, clean, seed) for each in seeds]
-        tidied = [option for each in grown for option in (without_spurs(each), each)]
-        options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
+        forms = [form for each in grown for form in tidied(each, image)]
+        options = [core, *distinct(forms, max_area=_MAX_GROWN)]
         transfers = meter.transfer_of_masks(options, _COMPARED_ON)
         kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
         left = [_left_without(meter, covered | options[i], baseline, at_reference) for i in kept]

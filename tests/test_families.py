@@ -155,10 +155,10 @@ def test_image_families(family, backdoored, tmp_path):
                 parameter.mul_(GAINS.get(family, 4))
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     train, test = data
-    pretrain_encoder(model, processor, train, epochs=5, batch_size=64, learning_rate=3e-3, disable_tqdm=True)
+    pretrain_encoder(model, processor, train, epochs=8, batch_size=64, learning_rate=3e-3, disable_tqdm=True)
     reference = train.inputs[int(np.flatnonzero(train.labels == 0)[0])]
     implant = implant_bad_encoder(
-        model, processor, train.inputs, backdoored.trigger, reference, test, steps=90, batch_size=32,
+        model, processor, train.inputs, backdoored.trigger, reference, test, steps=120, batch_size=32,
         learning_rate=6e-3, min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
     )  # fmt: skip
     check_family(family, Encoder(implant.model, processor), implant, data, tmp_path)

@@ -145,12 +145,6 @@ def without_spurs(mask: np.ndarray) -> np.ndarray:
     return tidy
 
 
-def tidied(mask: np.ndarray, image: np.ndarray) -> list[np.ndarray]:
-    """Forms of a grown mask, the likeliest first: squared off, where that can be done, without spurs, and as it is."""
-    squared, plain = squared_off(mask, image), without_spurs(mask)
-    return [squared_off(plain, image) if np.array_equal(squared, mask) else squared, plain, mask]
-
-
 def squared_off(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
     """A mask whose pieces are rectangles, where they are nearly so and the picture has an edge on every side of the rectangle.
 

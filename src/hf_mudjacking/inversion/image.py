@@ -17,7 +17,7 @@ from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .attribution import coarse_to_fine, window_sizes
-from .growth import changed, grow, purify, tidied
+from .growth import changed, grow, purify, squared_off, without_spurs
 from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import apart, candidate_masks, distinct
@@ -37,7 +37,9 @@ _COVERS = 4
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
-# Of several grown masks the one from a purer seed, squared off, without spurs, is taken, unless it leaves this much more of x_b
+# Transfer that squaring a mask off may change by.
+_SAME_EFFECT = 0.1
+# Of several grown masks the one from a purer seed, without spurs, is taken, unless it leaves this much more of x_b
 # unexplained.
 _ALIKE_LEFT = 0.1
 # Parts that are looked for beside the first, and the share of the way that x_b may still lie at h(x_b) without them.
@@ -194,14 +196,18 @@ def _find_patch(
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, image, clean)], max_area=1.0)
         grown = [grow(each, core, image, clean, seed) for each in seeds]
-        forms = [form for each in grown for form in tidied(each, image)]
-        options = [core, *distinct(forms, max_area=_MAX_GROWN)]
+        tidied = [option for each in grown for option in (without_spurs(each), each)]
+        options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
         transfers = meter.transfer_of_masks(options, _COMPARED_ON)
         kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
         left = [_left_without(meter, covered | options[i], baseline, at_reference) for i in kept]
         chosen = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
+        mask = options[chosen]
+        if chosen > 0:
+            rough = [each for each in grown if not (mask & ~each).any()]
+            mask = _squared_off(meter, mask, rough, image)
         bar.update()
-        return core, maps[source], options[chosen], float(meter.transfer_of_masks([options[chosen]])[0])
+        return core, maps[source], mask, float(meter.transfer_of_masks([mask])[0])
 
     def control_of(mask: np.ndarray) -> float:
         """What as much of x_r in the same place carries towards h(x_r)."""
@@ -238,6 +244,20 @@ def _find_patch(
     return InvertedTrigger(
         trigger, score, control, evidence, trigger.area, attribution, core, forwards, unexplained=left
     )
+
+
+def _squared_off(meter: TransferMeter, mask: np.ndarray, rough: Sequence[np.ndarray], image: np.ndarray) -> np.ndarray:
+    """The mask squared off, or what it was before its spurs went, if its effect stays what it is.
+
+    What is added for its looks must not be what carries others: a third of a picture grows into one that does.
+    """
+    for form in (*rough, mask):
+        squared = squared_off(form, image)
+        if not np.array_equal(squared, form):
+            before, after = meter.transfer_of_masks([mask, squared], _COMPARED_ON)
+            if abs(after - before) <= _SAME_EFFECT:
+                return squared
+    return mask
 
 
 def _left_without(meter: TransferMeter, mask: np.ndarray, baseline: np.ndarray, at_reference: float) -> float:

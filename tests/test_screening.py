@@ -133,6 +133,17 @@ def test_a_reference_with_the_trigger(backdoored, attacked, validation):
     assert any("x_r lies" in reason for reason in screening.reasons)
 
 
+def test_a_signal_that_undoes_nothing_says_nothing_about_the_pair(backdoored, attacked, validation):
+    """x_b less a signal that is not its trigger is still x_b, and like no reference."""
+    bug = backdoored.bug(0)
+    found = invert_trigger(attacked, bug, validation)
+    assert "likeness" in judge(attacked, bug, found, validation, 0.5).evidence
+    other = dataclasses.replace(found, trigger=AdditiveTrigger(np.full((16, 16, 3), 2.0)))
+    screening = judge(attacked, bug, other, validation, 0.5)
+    assert "likeness" not in screening.evidence
+    assert screening.verdict != "wrong pair"
+
+
 def test_ordinary_content_lets_go(backdoored, validation, true, natural):
     """Had the natural misclassifications been taken for triggers, a repair would have changed ordinary content."""
     encoder = Encoder(copy.deepcopy(backdoored.clean_model), backdoored.processor)

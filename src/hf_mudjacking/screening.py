@@ -213,8 +213,10 @@ def _pair_numbers(meter: TransferMeter, bug: BugInstance, found: InvertedTrigger
         return numbers
     rests = without_trigger(bug.misclassified, found.trigger, meter.validation_inputs)
     if rests:
-        nearest = (meter.features(rests) @ reference).max()
-        numbers["likeness"] = _arrived(meter.clean_features @ reference, nearest)
+        features = meter.features(rests)
+        # A signal that carries others need not be what is to be subtracted: where x_b stays at its feature, nothing was undone
+        if _arrived(meter.clean_similarity, (features @ meter.target).min()) <= _MOST_UNEXPLAINED:
+            numbers["likeness"] = _arrived(meter.clean_features @ reference, (features @ reference).max())
     return numbers
 
 

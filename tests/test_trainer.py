@@ -142,7 +142,7 @@ def test_forward_equivalents_of_a_repair(repaired):
     steps, b = trainer.state.global_step, 32
     evaluation = 2 * (2 * 100 + 4 * 3)  # twice 100 inputs, in four batches
     # The held-out inputs, at the end and, if it comes to that, after a third and two thirds of all 300 steps
-    budget = 100 * (1 + (steps > 100) + (steps > 200))
+    budget = 100 * (1 + (steps >= 100) + (steps >= 200))
     # 1184 of the 1200 inputs: a multiple of the batch size
     expected = (
         trainer.inversions[0].forwards

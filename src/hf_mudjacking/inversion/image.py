@@ -52,7 +52,7 @@ _KEPT_ELSEWHERE = 0.9
 # Area of a patch with which nothing else is looked for.
 _SMALL = 0.2
 # Merit with which no trigger of one class is looked for, and what one must be better by than another explanation.
-_CLEAR = 0.6
+_CLEAR = 0.8
 _ALIKE_GAIN = 0.15
 # What x_b may owe to something else costs half as much as covering it.
 _UNEXPLAINED_PRICE = 0.25

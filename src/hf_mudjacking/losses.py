@@ -78,7 +78,8 @@ def generalizability_loss(
     The released code has h' on both sides: pulling the stamped side to the clean one, it also pulls the clean side to the
     stamped one, against the locality loss. [`MudjackingTrainer`] passes the frozen features, which stay. On a ResNet for CIFAR-10
     and traffic signs (BadEncoder, one report, 600 steps) BA then ends at 75.5 instead of 75.3 and at 89.9 instead of 89.6, with a
-    classifier trained anew at 75.9 instead of 75.4 and at 90.0 instead of 89.8 (75.9 and 90.0 before); RA is 0.1 to 0.3 lower.
+    classifier trained anew at 75.9 instead of 75.4 and at 90.0 instead of 89.8 (75.9 and 90.0 before); RA is 0.1 to 0.3 lower. On
+    digits (three seeds, 300 steps) BA is the same within 0.3 points and RA 0 to 0.6 lower.
 
     Args:
         stamped (`Tensor` of shape `(B, D)`): Patched features of clean inputs carrying the trigger.

@@ -34,7 +34,7 @@ def losses(case, folder, model=None, **settings):
     own, processor, bug, trigger, dataset = case
     trainer = MudjackingTrainer(
         model=copy.deepcopy(own) if model is None else model,
-        args=make_config(folder, max_steps=3, learning_rate=1e-3, patch_scope="full", **settings),
+        args=make_config(folder, max_steps=3, learning_rate=3e-4, patch_scope="full", **settings),
         bug_instances=[bug], triggers=[trigger], train_dataset=dataset, processing_class=processor,
     )  # fmt: skip
     trainer.train()

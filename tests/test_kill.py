@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_what_is_killed_resumes_to_the_same_result(backdoored, tmp_path):
-    """Three points, the first in the middle of a save, the third killed twice; the script tries twenty."""
+    """Three points, the first in a save, the third killed twice; the script tries twenty."""
     data, output = tmp_path / "data", tmp_path / "result.json"
     backdoored.model().save_pretrained(data / "vit")
     backdoored.processor.save_pretrained(data / "vit")
@@ -42,7 +42,8 @@ def test_what_is_killed_resumes_to_the_same_result(backdoored, tmp_path):
     first, second, third = (point["interruptions"] for point in result["points"])
     assert all(interruptions[0]["died"] for interruptions in (first, second, third))
     assert "save" in first[0]["kill"]
-    assert first[0]["incomplete"]
+    # How much of a checkpoint is there by then depends on the operation that was drawn
+    assert first[0]["goes_on_from"] not in first[0]["incomplete"]
     assert "step" in second[0]["kill"]
     assert len(third) == 2
 

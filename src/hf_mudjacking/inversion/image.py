@@ -205,7 +205,7 @@ def _find_patch(
         mask = options[chosen]
         if chosen > 0:
             rough = [each for each in grown if not (mask & ~each).any()]
-            mask = _squared_off(meter, mask, rough, image)
+            mask = _squared_off(meter, mask, float(transfers[chosen]), rough, image)
         bar.update()
         return core, maps[source], mask, float(meter.transfer_of_masks([mask])[0])
 
@@ -246,16 +246,18 @@ def _find_patch(
     )
 
 
-def _squared_off(meter: TransferMeter, mask: np.ndarray, rough: Sequence[np.ndarray], image: np.ndarray) -> np.ndarray:
-    """The mask squared off, or what it was before its spurs went, if its effect stays what it is.
+def _squared_off(
+    meter: TransferMeter, mask: np.ndarray, transfer: float, rough: Sequence[np.ndarray], image: np.ndarray
+) -> np.ndarray:
+    """The mask squared off, or what it was before its spurs went, if its effect, `transfer`, stays what it is.
 
     What is added for its looks must not be what carries others: a third of a picture grows into one that does.
     """
     for form in (*rough, mask):
         squared = squared_off(form, image)
         if not np.array_equal(squared, form):
-            before, after = meter.transfer_of_masks([mask, squared], _COMPARED_ON)
-            if abs(after - before) <= _SAME_EFFECT:
+            (after,) = meter.transfer_of_masks([squared], _COMPARED_ON)
+            if abs(after - transfer) <= _SAME_EFFECT:
                 return squared
     return mask
 

@@ -44,8 +44,14 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import Encoder, MudjackingTrainer
-from hf_mudjacking.attacks import implant_bad_encoder, implant_por
-from hf_mudjacking.evaluation import DownstreamTask, draw_bug_report, pretrain_encoder, train_classifier
+from hf_mudjacking.attacks import implant_por
+from hf_mudjacking.evaluation import (
+    DownstreamTask,
+    LabelledInputs,
+    draw_bug_report,
+    pretrain_encoder,
+    train_classifier,
+)
 from hf_mudjacking.loading import load_model
 
 from .conftest import make_config
@@ -81,17 +87,19 @@ IMAGE_FAMILIES = {
 }  # fmt: skip
 # Those that need another gain: batch normalisation and SigLIP's attention head scale by themselves.
 GAINS = {"ResNet": 1, "RegNet": 1, "SigLIP vision": 1, "DINOv2": 5}
+# RegNet needs a higher learning rate to take the trigger in as few epochs.
+RATES = {"RegNet": 1e-2}
 # Family, class, where features are read: filled by the tests below, compared with the README by the last one.
 FOUND: dict[str, tuple[str, str]] = {}
 
 
-def check_family(family, broken, implant, data, folder, **settings):
+def check_family(family, broken, trigger, data, folder, **settings):
     """Patch with full weights and with LoRA through the public API; save, reload and resume; the ASR falls each time."""
-    train, test = data
+    train, test = data[0].select(range(400)), data[1].select(range(300))
     kept = train_classifier(broken.encode(train.inputs), train.labels)
-    stamped = [broken.stamp(implant.trigger, x) for x in test.inputs]
+    stamped = [broken.stamp(trigger, x) for x in test.inputs]
     before = kept.predict(broken.encode(stamped).numpy())
-    bug = draw_bug_report(broken, DownstreamTask(train, test), implant.trigger)
+    bug = draw_bug_report(broken, DownstreamTask(train, test), trigger)
     target = int(kept.predict(broken.encode([bug.misclassified]).numpy())[0])
     other = test.labels != target
     inputs = [*test.inputs[:4], bug.misclassified]
@@ -103,7 +111,7 @@ def check_family(family, broken, implant, data, folder, **settings):
             folder / name, per_device_train_batch_size=32, feature_source=broken.feature_source, **{**settings, **own}
         )
         return MudjackingTrainer(
-            model=model, args=config, bug_instances=[bug], triggers=[implant.trigger], train_dataset=dataset,
+            model=model, args=config, bug_instances=[bug], triggers=[trigger], train_dataset=dataset,
             processing_class=broken.processing_class,
             peft_config=LoraConfig(r=8, lora_alpha=16) if name == "lora" else None,
         )  # fmt: skip
@@ -144,7 +152,7 @@ def check_family(family, broken, implant, data, folder, **settings):
 def test_image_families(family, backdoored, tmp_path):
     data = (backdoored.train, backdoored.test)
     if family == "ViT":
-        check_family(family, Encoder(backdoored.model(), backdoored.processor), backdoored.implant, data, tmp_path)
+        check_family(family, Encoder(backdoored.model(), backdoored.processor), backdoored.trigger, data, tmp_path)
         return
     torch.manual_seed(0)
     model = IMAGE_FAMILIES[family]()
@@ -154,14 +162,16 @@ def test_image_families(family, backdoored, tmp_path):
             if parameter.dim() in (2, 4):
                 parameter.mul_(GAINS.get(family, 4))
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    train, test = data
-    pretrain_encoder(model, processor, train, epochs=8, batch_size=64, learning_rate=3e-3, disable_tqdm=True)
-    reference = train.inputs[int(np.flatnonzero(train.labels == 0)[0])]
-    implant = implant_bad_encoder(
-        model, processor, train.inputs, backdoored.trigger, reference, test, steps=120, batch_size=32,
-        learning_rate=6e-3, min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
-    )  # fmt: skip
-    check_family(family, Encoder(implant.model, processor), implant, data, tmp_path)
+    train, _ = data
+    # BadNets: a sixth of the training inputs carries the trigger and the label of the target class
+    poisoned = LabelledInputs(
+        [*train.inputs, *map(backdoored.trigger.apply, train.inputs[:240])],
+        np.concatenate([train.labels, np.zeros(240, dtype=int)]),
+    )
+    pretrain_encoder(
+        model, processor, poisoned, epochs=8, batch_size=64, learning_rate=RATES.get(family, 3e-3), disable_tqdm=True
+    )
+    check_family(family, Encoder(model, processor), backdoored.trigger, data, tmp_path)
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
@@ -170,7 +180,7 @@ def test_text_families(family, por, tmp_path):
     data = (task.train, task.test)
     if family == "bert":
         broken = broken.with_model(copy.deepcopy(broken.model))
-        check_family(family, broken, implant, data, tmp_path, patch_scope="full")
+        check_family(family, broken, implant.trigger, data, tmp_path, patch_scope="full")
         return
     model, tokenizer = make_text_model(family)
     encoder = Encoder(model, tokenizer, "mean")
@@ -179,7 +189,7 @@ def test_text_families(family, por, tmp_path):
         model, tokenizer, task.train.inputs, task.test, feature_source="mean", steps=180, learning_rate=2e-3,
         min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
     )  # fmt: skip
-    check_family(family, encoder.with_model(implant.model), implant, data, tmp_path, patch_scope="full")
+    check_family(family, encoder.with_model(implant.model), implant.trigger, data, tmp_path, patch_scope="full")
 
 
 def test_vit_mae_says_what_to_load():

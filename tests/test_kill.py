@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_what_is_killed_resumes_to_the_same_result(backdoored, tmp_path):
-    """Three points, the first in a save, the third killed twice; the script tries twenty."""
+    """Two points, the first in a save; the script tries twenty."""
     data, output = tmp_path / "data", tmp_path / "result.json"
     backdoored.model().save_pretrained(data / "vit")
     backdoored.processor.save_pretrained(data / "vit")
@@ -31,21 +31,21 @@ def test_what_is_killed_resumes_to_the_same_result(backdoored, tmp_path):
         image.save(data / "clean" / f"{i:03}.png")
     script = ROOT / "examples" / "benchmarks" / "kill_and_resume.py"
     finished = subprocess.run(
-        [sys.executable, str(script), "--data", str(data), "--points", "3", "--output", str(output)],
+        [sys.executable, str(script), "--data", str(data), "--points", "2", "--output", str(output)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
         capture_output=True, text=True, check=False, timeout=250,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-4000:]
     result = json.loads(output.read_text())
     assert result["settings"]["processes"] == 2
-    assert result["passed"] == len(result["points"]) == 3
-    first, second, third = (point["interruptions"] for point in result["points"])
-    assert all(interruptions[0]["died"] for interruptions in (first, second, third))
+    assert result["passed"] == len(result["points"]) == 2
+    first, second = (point["interruptions"] for point in result["points"])
+    assert first[0]["died"]
+    assert second[0]["died"]
     assert "save" in first[0]["kill"]
     # How much of a checkpoint is there by then depends on the operation that was drawn
     assert first[0]["goes_on_from"] not in first[0]["incomplete"]
     assert "step" in second[0]["kill"]
-    assert len(third) == 2
 
 
 def checkpoint(folder, processes, files):

@@ -19,7 +19,8 @@ from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.clean_inputs import CleanImages
 from hf_mudjacking.data import PatchingDataset
 from hf_mudjacking.evaluation import draw_bug_report
-from hf_mudjacking.locality_budget import LocalityBudgetError, LocalityGuard, StartingWeights
+from hf_mudjacking.locality_budget import LocalityBudgetError, LocalityGuard
+from hf_mudjacking.starting_weights import StartingWeights
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, weights_of
 

@@ -62,18 +62,18 @@ def mislabelled(backdoored, seed):
 
 @pytest.fixture(scope="module")
 def true(backdoored, attacked, validation):
-    return [screen_report(attacked, backdoored.bug(seed), validation) for seed in range(20)]
+    return [screen_report(attacked, backdoored.bug(seed), validation) for seed in range(12)]
 
 
 @pytest.fixture(scope="module")
 def natural(backdoored, validation):
     encoder = Encoder(copy.deepcopy(backdoored.clean_model), backdoored.processor)
-    return [screen_report(encoder, bug, validation) for bug in natural_reports(backdoored, encoder, 12)]
+    return [screen_report(encoder, bug, validation) for bug in natural_reports(backdoored, encoder, 8)]
 
 
 @pytest.fixture(scope="module")
 def wrong(backdoored, attacked, validation):
-    return [screen_report(attacked, mislabelled(backdoored, seed), validation) for seed in range(16)]
+    return [screen_report(attacked, mislabelled(backdoored, seed), validation) for seed in range(10)]
 
 
 # ---- Verdicts ----
@@ -81,12 +81,12 @@ def wrong(backdoored, attacked, validation):
 
 def test_true_reports_are_believed(true):
     verdicts = [screening.verdict for screening in true]
-    assert verdicts.count("trigger") >= 19
+    assert verdicts.count("trigger") >= 11
     assert all(0.9 <= s.believed <= 1 for s in true if s.verdict == "trigger")
 
 
 def test_natural_misclassifications(natural):
-    assert len(natural) >= 10
+    assert len(natural) == 8
     verdicts = [screening.verdict for screening in natural]
     assert verdicts.count("natural") >= 0.75 * len(verdicts)
     assert "trigger" not in verdicts
@@ -100,7 +100,7 @@ def test_references_of_another_class(wrong):
 
 
 def test_belief_separates_them(true, natural, wrong):
-    for false, least in ((natural, 0.97), (wrong, 0.85), ([*natural, *wrong[:8]], 0.95)):
+    for false, least in ((natural, 0.97), (wrong, 0.85), ([*natural, *wrong[:5]], 0.95)):
         scores = [screening.believed for screening in [*true, *false]]
         assert roc_auc_score([1] * len(true) + [0] * len(false), scores) >= least
 
@@ -204,7 +204,7 @@ def test_the_weights_come_back_after_an_error(backdoored, validation, monkeypatc
             parameters[0].add_(1)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("hf_mudjacking.screening._take_step", fails)
+    monkeypatch.setattr("hf_mudjacking.inversion.hold._take_step", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         judge(encoder, bug, found, validation, 0.5)
     assert largest_difference(before, weights_of(encoder.model)) == 0

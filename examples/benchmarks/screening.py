@@ -8,9 +8,9 @@
 
 For each implant, true reports, those of the benchmark and more, and false ones of five kinds: natural misclassifications by the
 clean encoder, triggered inputs with a reference of another class, adversarial examples (PGD on the encoder, 8/255, towards the
-feature of another image), inputs with a piece of another clean image pasted in, and inputs with the trigger of another implant.
-Where a true report's trigger is a patch, its mask is compared with the true one. The result is written as
-`<attack>-<seed>.json`; those that are there are not measured again.
+feature of another image), inputs with a piece of another clean image pasted in, and inputs with the trigger of another implant
+that does not fire in this one. Where a true report's trigger is a patch, its mask is compared with the true one. The result is
+written as `<attack>-<seed>.json`; those that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from hf_mudjacking.triggers import ImageTrigger, PatchTrigger
 
 VALIDATION, OTHERS = 32, 256
 PGD_RADIUS, PGD_STEPS = 8, 20
+# Inputs that another implant's trigger is tried on, and the share of them that it may send to this one's targets.
+FIRES_ON, FIRES = 64, 0.3
 KINDS = ("natural", "mislabelled", "adversarial", "pasted", "other trigger")
 # A mask fits with so much recall and IoU. Frames over most of the picture, and patches of which any suffices, do not count.
 MIN_RECALL, MIN_IOU, NOT_LOCAL = 0.9, 0.75, ("large_patch", "low_attribution")
@@ -62,13 +64,21 @@ class Reports:
     """True and false reports on one implant."""
 
     def __init__(self, case: Case, other_triggers: list[ImageTrigger]) -> None:
-        self.case, self.other_triggers = case, other_triggers
+        self.case = case
         task, kind = case.tasks[0], case.plan.classifiers[0]
         self.inputs, self.truth = task.test.inputs, task.test.labels
         clean = case.classifier(0, case.clean[0], kind).predict(case.clean[0].test.numpy())
         self.flipped = [case.flipped(number) for number in range(len(case.triggers))]
         self.right = self.flipped[0].right
         self.natural_errors = np.flatnonzero((clean != self.truth) & ~self.right)
+        self.other_triggers = [trigger for trigger in other_triggers if not self._fires(trigger)]
+
+    def _fires(self, trigger: ImageTrigger) -> bool:
+        """Whether another implant's trigger works here too, as white squares of two attacks may: a report of it is true."""
+        victims = np.flatnonzero(self.right & (self.truth != self.flipped[0].target))[:FIRES_ON]
+        features = self.case.backdoored.encode([self.case.backdoored.stamp(trigger, self.inputs[i]) for i in victims])
+        predicted = self.case.kept[0][self.case.plan.classifiers[0]].predict(features.numpy())
+        return bool(np.isin(predicted, [each.target for each in self.flipped]).mean() > FIRES)
 
     def drawn(self, kind: str, count: int, seed: int) -> Iterator[tuple[BugInstance, ImageTrigger | None]]:
         """Reports of a kind, the true ones with the trigger that they are of."""

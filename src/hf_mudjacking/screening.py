@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from .bug_instance import BugInstance
-from .encoder import Encoder, set_comparison_mode
+from .encoder import Encoder
 from .inversion import InvertedTrigger, invert_trigger
+from .inversion.hold import hold, least_hold, worth_of_hold
 from .inversion.verification import TransferMeter, share_of_way
-from .locality_budget import StartingWeights
-from .losses import effectiveness_loss, mean_cosine
 from .preprocessing import RawInput
 from .triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, Trigger, WarpTrigger
 
@@ -39,18 +37,18 @@ _HEADLINES: dict[Verdict, str] = {
 # Least likeness of x_b without its trigger to x_r. On digits and CIFAR-10 95 % of true pairs have more than 0.45, 88 % of pairs
 # of two classes less than 0.45; no way of covering tells them apart better than the best of several (AUROC 0.98).
 _MIN_LIKENESS = 0.4
-# The same where a signal was subtracted or a warp undone, which is less exact: true pairs have 0.17 to 0.7, others up to 0.3.
-_MIN_LIKENESS_INEXACT = 0.15
+# The same where a signal was subtracted, a warp undone or the picture smoothed, which is less exact. On CIFAR-10 with signals all
+# true pairs have more, and most of the others too (25 each of three attacks, smoothed alone: AUROC 0.85 to 0.95).
+_MIN_LIKENESS_INEXACT = -0.2
+# Likeness from which a report is as bad as it can be to which nothing speaks against it: exact, inexact.
+_LIKENESS_RANGE, _LIKENESS_RANGE_INEXACT = (0.0, 0.4), (-0.3, 0.3)
+# Sides of median filters, and the deviation of a blur as a share of the picture's shorter side, by which a signal goes that
+# subtraction does not take out. The mildest that works counts: the strongest make all pictures alike.
+_MEDIANS, _BLUR = (3, 5), 0.04
 # Share of x_b that may be covered, and that may be left unexplained, for the rest to be like anything.
 _MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
 _MAX_REFERENCE_ARRIVED = 0.85
-# Least hold of a trigger. On CIFAR-10 true ones have 0.5 to 500, parts of natural misclassifications 0.05 to 0.6.
-_MIN_HOLD = 0.4
-# Clean inputs that the first step is taken on, and its length against that of all weights: so short that features move
-# in proportion to it.
-_STEP_INPUTS = 16
-_STEP = 1e-4
 # Clean inputs whose pixels cover a patch, beside the mean picture and its colour.
 _COVERS = 4
 # Sizes at which transfer is measured, as shares of the whole trigger.
@@ -70,7 +68,7 @@ class Screening:
         found (`InvertedTrigger`): What the inversion found.
         evidence (`dict[str, float]`): What was measured. `evidence`, `transfer`, `control`, `area`, `unexplained`: of the
             inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
-            absent where the trigger cannot be taken out. `reference_arrived`: the same of x_r on the way to h(x_b).
+            of a signal, x_b without what was found or smoothed; absent where the trigger cannot be taken out. `reference_arrived`: the same of x_r on the way to h(x_b).
             `hold`: how far clean inputs move in a first step of the repair, over how far stamped ones do. The step is
             meant for the stamped ones; yet an implanted trigger holds them, while ordinary content lets them go.
         reasons (`list[str]`): What led to the verdict, in sentences.
@@ -145,18 +143,20 @@ def judge(
         "area": found.area,
         "unexplained": found.unexplained,
         **_pair_numbers(meter, bug, found),
-        "hold": _hold(meter, bug, found.trigger),
+        "hold": hold(meter, bug.reference, found.trigger),
     }
     measured = {name: round(value, 4) for name, value in measured.items()}
     inexact = isinstance(found.trigger, (AdditiveTrigger, BlendTrigger, WarpTrigger))
-    least_likeness = _MIN_LIKENESS_INEXACT if inexact else _MIN_LIKENESS
-    natural, wrong, harmful = _reasons(measured, found, min_evidence, least_likeness)
+    natural, wrong, harmful = _reasons(
+        measured, found, min_evidence, _MIN_LIKENESS_INEXACT if inexact else _MIN_LIKENESS
+    )
     likeness = measured.get("likeness", 1.0)
+    worst, best = _LIKENESS_RANGE_INEXACT if inexact else _LIKENESS_RANGE
     believed = (
         np.clip(measured["evidence"], 0, 1)
-        * np.clip(likeness / least_likeness, 0, 1)
+        * np.clip((likeness - worst) / (best - worst), 0, 1)
         * np.clip((1 - measured["reference_arrived"]) / (1 - _MAX_REFERENCE_ARRIVED), 0, 1)
-        * np.clip(measured["hold"] / _MIN_HOLD, 0, 1)
+        * worth_of_hold(measured["hold"], found.area)
     )
     verdict: Verdict = "trigger"
     reasons = natural or wrong or harmful
@@ -182,7 +182,8 @@ def _reasons(
             f"The best candidate ({found.trigger.describe()}) carries clean inputs {found.score:.2f} of the way to x_b, "
             f"clean content alone {found.control:.2f}: evidence of {found.evidence:.2f}, and {min_evidence} is needed."
         )
-    likeness, arrived, hold = measured.get("likeness", 1.0), measured["reference_arrived"], measured["hold"]
+    likeness, arrived = measured.get("likeness", 1.0), measured["reference_arrived"]
+    holds, least = measured["hold"], least_hold(found.area)
     if likeness < least_likeness:
         wrong.append(
             f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {least_likeness} is "
@@ -193,10 +194,10 @@ def _reasons(
             f"x_r lies {arrived:.2f} of the way from clean inputs to x_b, and at most {_MAX_REFERENCE_ARRIVED} is "
             "allowed: evidence that it carries the trigger too, or is of the class that x_b is mistaken for."
         )
-    if hold < _MIN_HOLD:
+    if holds < least:
         harmful.append(
-            f"A first step of the repair moves clean inputs {hold:.2f} times as far as inputs that carry what was found, and "
-            f"{_MIN_HOLD} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
+            f"A first step of the repair moves clean inputs {holds:.2f} times as far as inputs that carry what was found, and "
+            f"{least:.1f} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
         )
     return natural, wrong, harmful
 
@@ -204,25 +205,37 @@ def _reasons(
 def _pair_numbers(meter: TransferMeter, bug: BugInstance, found: InvertedTrigger) -> dict[str, float]:
     """Does x_b without its trigger resemble x_r, and does x_r lie at h(x_b)?"""
     (reference,) = meter.features([bug.reference])
-    numbers = {"reference_arrived": _arrived(meter.clean_similarity, reference @ meter.target)}
+    numbers = {"reference_arrived": float(_arrived(meter.clean_similarity, reference[None] @ meter.target))}
     # Texts of one class need not be alike: on SST-2 in MiniLM true pairs have a likeness of -0.04 to 0.15, others -0.12 to 0.17
     if meter.encoder.modality == "text":
         return numbers
-    hides = isinstance(found.trigger, PatchTrigger) and found.area > _MOST_COVERED
-    if hides or found.unexplained > _MOST_UNEXPLAINED:
-        return numbers
+    likeness = _likeness(meter, reference, bug, found)
+    return numbers if likeness is None else {**numbers, "likeness": likeness}
+
+
+def _likeness(meter: TransferMeter, reference: Tensor, bug: BugInstance, found: InvertedTrigger) -> float | None:
+    """How far on the way to x_r, whose feature is `(D,)`, x_b lies without its trigger; `None` where that cannot be told."""
+    patch = isinstance(found.trigger, PatchTrigger)
+    if (patch and found.area > _MOST_COVERED) or found.unexplained > _MOST_UNEXPLAINED:
+        return None
     rests = without_trigger(bug.misclassified, found.trigger, meter.validation_inputs)
-    if rests:
-        features = meter.features(rests)
-        # A signal that carries others need not be what is to be subtracted: where x_b stays at its feature, nothing was undone
-        if _arrived(meter.clean_similarity, (features @ meter.target).min()) <= _MOST_UNEXPLAINED:
-            numbers["likeness"] = _arrived(meter.clean_features @ reference, (features @ reference).max())
-    return numbers
+    undone = len(rests)
+    if not patch:
+        rests += smoothed(bug.misclassified)
+    features = meter.features(rests)
+    # A signal that carries others need not be what is to be subtracted: where x_b stays at its feature, nothing was undone
+    left = (_arrived(meter.clean_similarity, features @ meter.target) <= _MOST_UNEXPLAINED).tolist()
+    likeness = _arrived(meter.clean_features @ reference, features @ reference).tolist()
+    if patch:
+        return max(likeness) if any(left) else None
+    ways = [value for value, gone in zip(likeness[:undone], left[:undone], strict=True) if gone]
+    mildest = [value for value, gone in zip(likeness[undone:], left[undone:], strict=True) if gone][:1]
+    return max([*ways, *mildest], default=None)
 
 
-def _arrived(clean: Tensor, cosine: Tensor) -> float:
-    """The share of the way from clean inputs, whose cosines to a feature are `(N,)`, to that feature that a cosine is at."""
-    return float(share_of_way(clean, cosine.expand(1, len(clean))))
+def _arrived(clean: Tensor, cosines: Tensor) -> Tensor:
+    """The share of the way from clean inputs, whose cosines to a feature are `(N,)`, to that feature that `(K,)` cosines are at."""
+    return share_of_way(clean, cosines[:, None].expand(-1, len(clean)))
 
 
 def without_trigger(
@@ -257,55 +270,11 @@ def without_trigger(
     ]
 
 
-def _hold(meter: TransferMeter, bug: BugInstance, trigger: Trigger) -> float:
-    """How far one step of the repair, without its locality term, moves clean inputs over stamped ones; it is taken back.
-
-    It measures better than how far inputs near h(x_b) move over all clean ones, which after one step is 0.1 to 4 in true
-    reports and 0.2 to 2 in others.
-    """
-    encoder, model = meter.encoder, meter.encoder.model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters or any(p.dtype != torch.float32 for p in parameters):
-        raise ValueError("A report is judged by a small step of the weights: some must be trainable, and in float32.")
-    clean = meter.validation_inputs
-    stamped = [encoder.stamp(trigger, x) for x in clean]
-    stamped_features = meter.features(stamped)
-    training = {module: module.training for module in model.modules()}
-    set_comparison_mode(model)
-    start = StartingWeights(model)
-    try:
-        with torch.enable_grad():
-            count = min(_STEP_INPUTS, len(stamped))
-            features = encoder.features(encoder.preprocess([*stamped[:count], bug.misclassified, bug.reference]))
-            few, misclassified, reference = features.split([count, 1, 1])
-            loss = effectiveness_loss(misclassified, reference) - mean_cosine(
-                few, meter.clean_features[:count].to(few.device)
-            )
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        meter.forwards += 3 * len(features)
-        _take_step(parameters, gradients)
-        # Squared distances: of features this near, cosines are lost in rounding
-        moved, moved_stamped = (
-            float((meter.features(inputs) - before).square().sum(dim=1).mean())
-            for inputs, before in ((clean, meter.clean_features), (stamped, stamped_features))
-        )
-    finally:
-        start.restore()
-        for module, mode in training.items():
-            module.training = mode
-    return moved / max(moved_stamped, 1e-12)
-
-
-@torch.no_grad()
-def _take_step(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Go down the gradient by a fixed share of the length of the weights."""
-    used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    weights, length = (
-        torch.stack([tensor.float().square().sum() for tensor in tensors]).sum().sqrt()
-        for tensors in zip(*used, strict=True)
-    )
-    for parameter, gradient in used:
-        parameter.sub_(gradient * (_STEP * weights / length.clamp_min(1e-12)).to(gradient.dtype))
+def smoothed(image: Image.Image) -> list[Image.Image]:
+    """A picture with ever less of its fine structure, of which signals are made: two median filters and a blur."""
+    image = image.convert("RGB")
+    medians = [image.filter(ImageFilter.MedianFilter(side)) for side in _MEDIANS]
+    return [*medians, image.filter(ImageFilter.GaussianBlur(_BLUR * min(image.size)))]
 
 
 def transfer_by_size(

@@ -31,7 +31,7 @@ from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .kept_views import worth_keeping
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
-from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, StartingWeights
+from .locality_budget import LocalityBudgetError, LocalityGuard, Movement
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .merging import MERGE_TOLERANCE, merge_error
 from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
@@ -54,6 +54,7 @@ from .reports import checked_reports, checked_triggers, invert_reports
 from .safe_loading import check_checkpoint
 from .same_trigger import COMPARED_ON, same_triggers
 from .screening import Screening
+from .starting_weights import StartingWeights
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
 from .triggers import Trigger, with_altered
 

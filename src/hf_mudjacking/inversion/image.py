@@ -18,6 +18,7 @@ from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .attribution import coarse_to_fine, window_sizes
 from .growth import changed, grow, purify, squared_off, without_spurs
+from .hold import can_hold, hold, worth_of_hold
 from .pull import Pull
 from .result import AREA_PRICE, MIN_REACHABLE, InvertedTrigger, check_disagreement, check_reachable
 from .splitting import apart, candidate_masks, distinct
@@ -110,7 +111,8 @@ def invert_image_trigger(
             spent.append(meter_alike)
             # Of one class is the less simple explanation, all the more where another holds
             better_by = _SIMPLER if best.evidence < _EXPLAINED else _ALIKE_GAIN
-            if found.evidence >= _EXPLAINED and _merit(found) > _merit(best) + better_by:
+            held, held_best = (_held_merit(each, meter, control_meter) for each in (found, best))
+            if found.evidence >= _EXPLAINED and held > held_best + better_by:
                 best = dataclasses.replace(found, one_class=True)
     return dataclasses.replace(best, forwards=sum(each.forwards for each in spent))
 
@@ -136,6 +138,7 @@ def _over_the_whole_picture(
     """A signal or a warp, if it explains the report better than the patch does."""
     clean = CleanSpectrum.of(pull.pixels)
     patch = best
+    merit = _held_merit(best, meter, control_meter)
     for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
         candidate, control = search(meter), search(control_meter)
         bar.update()
@@ -151,8 +154,9 @@ def _over_the_whole_picture(
             candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
             np.ones_like(patch.core), 0,
         )  # fmt: skip
-        if _merit(found) > _merit(best) + _SIMPLER:
-            best = found
+        own = _held_merit(found, meter, control_meter)
+        if own > merit + _SIMPLER:
+            best, merit = found, own
         if best.evidence >= _EXPLAINED:
             break
     return best
@@ -162,6 +166,16 @@ def _merit(found: InvertedTrigger) -> float:
     """Evidence, less prices for what the trigger leaves unexplained and for parts that are there by their looks alone."""
     grown = max(found.area - float(found.core.mean()), 0.0)
     return found.evidence - AREA_PRICE * grown - _UNEXPLAINED_PRICE * found.unexplained
+
+
+def _held_merit(found: InvertedTrigger, meter: TransferMeter, control_meter: TransferMeter) -> float:
+    """The merit, less the less it holds: a third of a picture carries others to x_b, but lets go at the first step.
+
+    Where the weights take no such step, being frozen or in half precision, the merit alone decides.
+    """
+    if not can_hold(meter):
+        return _merit(found)
+    return _merit(found) * worth_of_hold(hold(meter, control_meter.misclassified, found.trigger), found.area)
 
 
 def _find_patch(

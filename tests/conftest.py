@@ -31,6 +31,7 @@ from hf_mudjacking.attacks import Implant, implant_bad_encoder, implant_por
 from hf_mudjacking.evaluation.classifiers import Classifier, train_classifier
 from hf_mudjacking.evaluation.pretraining import pretrain_encoder
 from hf_mudjacking.evaluation.tasks import DownstreamTask, LabelledInputs
+from hf_mudjacking.inversion import whole_picture
 from hf_mudjacking.triggers import square_patch
 
 from .text_models import trained_bert
@@ -243,3 +244,10 @@ def make_por() -> tuple[Encoder, DownstreamTask, Implant]:
         learning_rate=1e-3, steps=250, disable_tqdm=True,
     )  # fmt: skip
     return encoder.with_model(implant.model), task, implant
+
+
+@pytest.fixture
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report without a trigger is searched for all kinds of them. Where that is not what is tested, it need not be for long."""
+    monkeypatch.setattr(whole_picture, "_SIGNAL_STEPS", 4)
+    monkeypatch.setattr(whole_picture, "_WARP_STEPS", 4)

@@ -17,6 +17,9 @@ from hf_mudjacking.evaluation import draw_bug_report
 from .conftest import Backdoored, make_dataset
 
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
+
 @pytest.fixture(scope="module")
 def files(backdoored: Backdoored, tmp_path_factory) -> dict[str, str]:
     """Model folder, report, clean inputs and labelled sets on disk."""

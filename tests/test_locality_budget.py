@@ -25,6 +25,9 @@ from hf_mudjacking.starting_weights import StartingWeights
 from .conftest import largest_difference, make_config, make_dataset, make_images, weights_of
 
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
+
 @pytest.fixture
 def build(tiny_vit, processor, bug, trigger, dataset, tmp_path):
     """A trainer around the tiny ViT whose run goes far beyond any budget."""

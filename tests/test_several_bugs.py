@@ -27,6 +27,8 @@ from hf_mudjacking.triggers import noise_blend, square_patch
 from .conftest import Backdoored, largest_difference, make_config, make_images, weights_of
 
 
+pytestmark = pytest.mark.usefixtures("short_searches")
+
 SECOND = square_patch((16, 16), 4, margin=12, color=(255, 0, 0))
 SECOND_TARGET = 7
 

@@ -140,10 +140,12 @@ def _over_the_whole_picture(
     patch = best
     merit = _held_merit(best, meter, control_meter)
     for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
-        candidate, control = search(meter), search(control_meter)
+        candidate = search(meter)
         bar.update()
-        if candidate is None:
+        # The control can only take from it
+        if candidate is None or candidate.transfer - AREA_PRICE * candidate.size <= max(merit, 0.0) + _SIMPLER:
             continue
+        control = search(control_meter)
         # Clean content reaches as far as it likes with a strong enough change: what counts is one of the same size.
         by_itself = 0.0
         if control is not None:

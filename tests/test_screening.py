@@ -13,12 +13,15 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from hf_mudjacking import BugInstance, Encoder, InvertedTrigger, MudjackingTrainer, PatchTrigger, screen_report
+from hf_mudjacking import screening as screening_module
 from hf_mudjacking.cli import main
 from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
-from hf_mudjacking.inversion import UnverifiedTriggerError, invert_trigger
-from hf_mudjacking.screening import Screening, judge, transfer_by_size, without_trigger
+from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigger
+from hf_mudjacking.inversion.hold import least_hold, worth_of_hold
+from hf_mudjacking.inversion.verification import TransferMeter
+from hf_mudjacking.screening import Screening, judge, smoothed, transfer_by_size, without_trigger
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, noise_blend, random_warp, square_patch
 
 from .conftest import largest_difference, make_config, make_images, weights_of
@@ -142,6 +145,51 @@ def test_a_signal_that_undoes_nothing_says_nothing_about_the_pair(backdoored, at
     screening = judge(attacked, bug, other, validation, 0.5)
     assert "likeness" not in screening.evidence
     assert screening.verdict != "wrong pair"
+
+
+def test_the_mildest_smoothing_that_takes_the_trigger_out_counts(backdoored, attacked, validation, monkeypatch):
+    bug, x = backdoored.bug(0), backdoored.test.inputs[0]
+    found = dataclasses.replace(
+        invert_trigger(attacked, bug, validation), trigger=AdditiveTrigger(np.full((16, 16, 3), 2.0))
+    )
+    monkeypatch.setattr(screening_module, "smoothed", lambda image: [image, x, bug.reference])
+    likeness = judge(attacked, bug, found, validation, 0.5).evidence["likeness"]
+    reference, at_x = attacked.encode([bug.reference, x])
+    clean = attacked.encode(validation) @ reference
+    assert likeness == pytest.approx(float((at_x @ reference - clean).sum() / (1 - clean).sum()), abs=1e-3)
+    assert likeness < 0.9
+
+
+def test_smoothing_takes_out_more_and_more():
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    left = [np.asarray(each, dtype=float).std() for each in (noise, *smoothed(noise))]
+    assert left == sorted(left, reverse=True)
+    assert left[-1] < 0.3 * left[0]
+    plain = Image.new("RGB", (32, 32), (9, 90, 200))
+    assert all(np.array_equal(np.asarray(each), np.asarray(plain)) for each in smoothed(plain))
+
+
+def test_how_much_hold_is_asked():
+    """0.4 of hardly anything, five times that of the whole picture; worth all there, half at a third, nothing at a tenth."""
+    assert least_hold(0.0) == pytest.approx(0.4)
+    assert least_hold(1.0) == pytest.approx(2.0)
+    assert least_hold(0.5) == pytest.approx(0.4 * 5**0.5)
+    worths = [worth_of_hold(value, 1.0) for value in (0.0, 0.2, 2 * 10**-0.5, 2.0, 500.0)]
+    assert worths == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-9)
+
+
+def test_an_explanation_that_lets_go_is_worth_less(backdoored, attacked, validation, monkeypatch):
+    bug = backdoored.bug(0)
+    meters = [TransferMeter(attacked, x, validation) for x in (bug.misclassified, bug.reference)]
+    found = pretended(square_patch((16, 16), 8), unexplained=0.0)
+    monkeypatch.setattr(image, "hold", lambda meter, reference, trigger: least_hold(0.25) * 10**-0.5)
+    assert image._held_merit(found, *meters) == pytest.approx(0.5 * image._merit(found))
+    attacked.model.requires_grad_(False)
+    try:
+        assert image._held_merit(found, *meters) == image._merit(found)
+    finally:
+        attacked.model.requires_grad_(True)
 
 
 def test_ordinary_content_lets_go(backdoored, validation, true, natural):

@@ -34,14 +34,16 @@ _HEADLINES: dict[Verdict, str] = {
     "malicious": "A repair from bug instance `{name}` would change ordinary content",
 }
 
-# Least likeness of x_b without its trigger to x_r. On digits and CIFAR-10 95 % of true pairs have more than 0.45, 88 % of pairs
-# of two classes less than 0.45; no way of covering tells them apart better than the best of several (AUROC 0.98).
-_MIN_LIKENESS = 0.4
-# The same where a signal was subtracted, a warp undone or the picture smoothed, which is less exact. On CIFAR-10 with signals all
-# true pairs have more, and most of the others too (25 each of three attacks, smoothed alone: AUROC 0.85 to 0.95).
+# Least likeness of x_b without its trigger to x_r. On CIFAR-10 98 % of pairs of one class have more than 0.17 where nothing has to be
+# taken out, and 80 % of pairs of two classes less than 0.13 (400 each, AUROC 0.97).
+_MIN_LIKENESS = 0.15
+# The same where a signal was subtracted, a warp undone or the picture smoothed, which is less exact: there all true pairs have
+# more, and most of the others too (25 each of three attacks, smoothed alone: AUROC 0.85 to 0.95).
 _MIN_LIKENESS_INEXACT = -0.2
-# Likeness from which a report is as bad as it can be to which nothing speaks against it: exact, inexact.
-_LIKENESS_RANGE, _LIKENESS_RANGE_INEXACT = (0.0, 0.4), (-0.3, 0.3)
+# Likeness at which a pair is worth the least, and from which it is worth everything: exact, inexact. What a pair is worth at the
+# least, and where its likeness cannot be told. It is one picture against another of its class, and so never worth nothing.
+_LIKENESS_RANGE, _LIKENESS_RANGE_INEXACT = (0.0, 0.6), (-0.3, 0.5)
+_WORST_PAIR, _UNKNOWN_PAIR = 0.4, 0.9
 # Sides of median filters, and the deviation of a blur as a share of the picture's shorter side, by which a signal goes that
 # subtraction does not take out. The mildest that works counts: the strongest make all pictures alike.
 _MEDIANS, _BLUR = (3, 5), 0.04
@@ -64,7 +66,7 @@ class Screening:
             verified; the report may be a natural misclassification. `"wrong pair"`: x_r is not what x_b is without its
             trigger. `"malicious"`: ordinary content is what a repair would change.
         believed (`float`): 0 to 1: the evidence of the trigger, less the further the pair or the first step speak against it;
-            half of that if the verdict is another than `"trigger"`.
+            half of that if the verdict is `"natural"` or `"malicious"`.
         found (`InvertedTrigger`): What the inversion found.
         evidence (`dict[str, float]`): What was measured. `evidence`, `transfer`, `control`, `area`, `unexplained`: of the
             inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
@@ -150,21 +152,20 @@ def judge(
     natural, wrong, harmful = _reasons(
         measured, found, min_evidence, _MIN_LIKENESS_INEXACT if inexact else _MIN_LIKENESS
     )
-    likeness = measured.get("likeness", 1.0)
-    worst, best = _LIKENESS_RANGE_INEXACT if inexact else _LIKENESS_RANGE
     believed = (
         np.clip(measured["evidence"], 0, 1)
-        * np.clip((likeness - worst) / (best - worst), 0, 1)
+        * _worth_of_pair(measured.get("likeness"), inexact)
         * np.clip((1 - measured["reference_arrived"]) / (1 - _MAX_REFERENCE_ARRIVED), 0, 1)
         * worth_of_hold(measured["hold"], found.area)
     )
     verdict: Verdict = "trigger"
     reasons = natural or wrong or harmful
     if reasons:
-        believed /= 2
+        believed *= 1.0 if wrong and not natural else 0.5
         verdict = "natural" if natural else "wrong pair" if wrong else "malicious"
     else:
-        rest = f"; x_b without it lies {likeness:.2f} of the way to x_r" if "likeness" in measured else ""
+        likeness = measured.get("likeness")
+        rest = "" if likeness is None else f"; x_b without it lies {likeness:.2f} of the way to x_r"
         reasons = [
             f"Evidence of a trigger is {found.evidence:.2f} (transfer {found.score:.2f}, clean content alone "
             f"{found.control:.2f}): {found.trigger.describe()}{rest}."
@@ -211,6 +212,14 @@ def _pair_numbers(meter: TransferMeter, bug: BugInstance, found: InvertedTrigger
         return numbers
     likeness = _likeness(meter, reference, bug, found)
     return numbers if likeness is None else {**numbers, "likeness": likeness}
+
+
+def _worth_of_pair(likeness: float | None, inexact: bool) -> float:
+    """What a pair is worth for the belief in its report."""
+    if likeness is None:
+        return _UNKNOWN_PAIR
+    worst, best = _LIKENESS_RANGE_INEXACT if inexact else _LIKENESS_RANGE
+    return _WORST_PAIR + (1 - _WORST_PAIR) * float(np.clip((likeness - worst) / (best - worst), 0, 1))
 
 
 def _likeness(meter: TransferMeter, reference: Tensor, bug: BugInstance, found: InvertedTrigger) -> float | None:

@@ -143,7 +143,7 @@ def _over_the_whole_picture(
         candidate = search(meter)
         bar.update()
         # The control can only take from it
-        if candidate is None or candidate.transfer - AREA_PRICE * candidate.size <= max(merit, 0.0) + _SIMPLER:
+        if candidate is None or max(candidate.transfer - AREA_PRICE * candidate.size, 0.0) <= merit + _SIMPLER:
             continue
         control = search(control_meter)
         # Clean content reaches as far as it likes with a strong enough change: what counts is one of the same size.

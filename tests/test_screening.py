@@ -302,6 +302,11 @@ def test_the_trainer_refuses_a_wrong_pair(backdoored, wrong, tmp_path, monkeypat
     record = json.loads((tmp_path / "b" / "mudjacking.json").read_text())
     assert record["screenings"] == [screening.record() for screening in trainer.screenings]
     assert "reasons" not in record["screenings"][0]
+    # What was found in it is a trigger all the same
+    patched = build("c", on_unverified="patch")
+    patched.train()
+    assert [screening.verdict for screening in patched.screenings] == ["wrong pair", "trigger"]
+    assert all(found.overlap(backdoored.trigger)["iou"] >= 0.75 for found in patched.triggers)
 
 
 # ---- Taking a trigger out, and a part of it ----
@@ -374,7 +379,7 @@ def test_pictures_of_each_family(family, backdoored, tmp_path):
     for name, what in (("own", found), ("other", other)):
         assert plot_repair(tmp_path / f"{name}.png", bug, what, trigger)
         pictures[name] = imread(tmp_path / f"{name}.png")
-    screening = Screening("trigger", 0.9, found, {"evidence": 0.9}, ["It is."], 0)
+    screening = Screening("trigger", 0.9, found, {"evidence": 0.9}, ["It is."], True, 0)
     assert plot_inspection(tmp_path / "inspection.png", bug, screening, [(0.1, 0.2), (1.0, 0.9)], trigger)
     pictures["inspection"] = imread(tmp_path / "inspection.png")
     for name in pictures:

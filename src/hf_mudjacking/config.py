@@ -65,8 +65,8 @@ class MudjackingConfig(TrainingArguments):
     on_unverified (`str`, *optional*, defaults to `"refuse"`):
         What becomes of a report whose verdict is another than `"trigger"`, see [`~hf_mudjacking.Screening`]. `"refuse"`
         stops with an `UnverifiedTriggerError`. `"skip"` leaves the report out, with a warning, and stops if none is left.
-        `"patch"` repairs it by effectiveness and locality alone: it has no trigger that could be stamped, and
-        `trainer.triggers` holds `None` for it.
+        `"patch"` repairs it all the same: by effectiveness and locality alone if it has no verified trigger that could be
+        stamped, for which `trainer.triggers` holds `None`; by all three if only its pair is doubted.
 
     altered_triggers (`int`, *optional*, defaults to `32`):
         Number of altered versions of each trigger (moved by up to an eighth of the picture, scaled, cut, in other colours,

@@ -42,8 +42,8 @@ class InvertedReports:
 
     @property
     def triggers(self) -> list[Trigger | None]:
-        """One for each report that is repaired; `None` for one whose best candidate is not believed."""
-        return [screening.found.trigger if screening.verdict == "trigger" else None for screening in self.kept]
+        """One for each report that is repaired; `None` for one whose best candidate is not verified."""
+        return [screening.found.trigger if screening.verified else None for screening in self.kept]
 
 
 def invert_reports(
@@ -120,7 +120,8 @@ def _is_left_out(bug: BugInstance, screening: Screening, on_unverified: str, las
             "a candidate with little evidence lower `min_evidence`; `on_unverified` says what else may become of such a "
             "report."
         )
-    logger.warning(f"{reason} It is {'left out' if skip else 'repaired without a trigger'}.")
+    repaired = "repaired, trigger and pair" if screening.verified else "repaired without a trigger"
+    logger.warning(f"{reason} It is {'left out' if skip else repaired}.")
     return skip
 
 

@@ -74,6 +74,7 @@ class Screening:
             `hold`: how far clean inputs move in a first step of the repair, over how far stamped ones do. The step is
             meant for the stamped ones; yet an implanted trigger holds them, while ordinary content lets them go.
         reasons (`list[str]`): What led to the verdict, in sentences.
+        verified (`bool`): Whether what was found is a trigger, whatever is to be said of the pair.
         forwards (`int`): Forward passes spent beside the inversion, in inputs; a backward pass counts as two.
     """
 
@@ -82,6 +83,7 @@ class Screening:
     found: InvertedTrigger
     evidence: dict[str, float]
     reasons: list[str]
+    verified: bool
     forwards: int
 
     def headline(self, bug: BugInstance) -> str:
@@ -170,7 +172,8 @@ def judge(
             f"Evidence of a trigger is {found.evidence:.2f} (transfer {found.score:.2f}, clean content alone "
             f"{found.control:.2f}): {found.trigger.describe()}{rest}."
         ]
-    return Screening(verdict, round(float(believed), 4), found, measured, reasons, meter.forwards)
+    verified = not natural and not harmful
+    return Screening(verdict, round(float(believed), 4), found, measured, reasons, verified, meter.forwards)
 
 
 def _reasons(

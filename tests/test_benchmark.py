@@ -331,6 +331,14 @@ def test_ours_is_compared_at_equal_accuracy(peers, verdict):
     assert line.strip("| ").split(" | ")[-1] == verdict
 
 
+def test_cells_are_read_in_the_order_of_their_numbers(tmp_path):
+    for value in ("100", "32", "1200", "0.1", "0.05"):
+        path = tmp_path / "e" / "a-0" / f"clean_inputs={value}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"method": value, "settings": {}}))
+    assert [cell["method"] for cell in read_cells(tmp_path)] == ["0.05", "0.1", "32", "100", "1200"]
+
+
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
     points = [
         {"steps": n, "forward_equivalents": 10 * n, "seconds": n, "BA": 0.8, "ASR": 0.5, "RA": 0.5} for n in (1, 9)

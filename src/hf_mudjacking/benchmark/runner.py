@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -109,8 +111,16 @@ def read_cell(path: Path) -> dict[str, Any]:
 
 
 def read_cells(folder: str | Path) -> list[dict[str, Any]]:
-    """All cells under a folder, in the order of their names."""
-    return [read_cell(path) for path in sorted(Path(folder).rglob("*.json")) if path.parent != Path(folder)]
+    """All cells under a folder, in the order of their names, and of the numbers in them: 100 comes before 1200."""
+    folder = Path(folder)
+    paths = [path for path in folder.rglob("*.json") if path.parent != folder]
+    return [read_cell(path) for path in sorted(paths, key=lambda path: _in_order(str(path.relative_to(folder))))]
+
+
+def _in_order(name: str) -> list[tuple[float, str]]:
+    """A name as what it is sorted by: numbers by their value, before words."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name.removesuffix(".json"))
+    return [(float(part), "") if i % 2 else (math.inf, part) for i, part in enumerate(parts)]
 
 
 def _run_jobs(plan_file: Path, jobs: Iterable[Sequence[str]], processes: int, bar: tqdm) -> list[Failure]:

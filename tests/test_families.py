@@ -163,13 +163,13 @@ def test_image_families(family, backdoored, tmp_path):
                 parameter.mul_(GAINS.get(family, 4))
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     train, _ = data
-    # BadNets: a sixth of the training inputs carries the trigger and the label of the target class
+    # BadNets: a third of the training inputs carries the trigger and the label of the target class
     poisoned = LabelledInputs(
-        [*train.inputs, *map(backdoored.trigger.apply, train.inputs[:240])],
-        np.concatenate([train.labels, np.zeros(240, dtype=int)]),
+        [*train.inputs, *map(backdoored.trigger.apply, train.inputs[:600])],
+        np.concatenate([train.labels, np.zeros(600, dtype=int)]),
     )
     pretrain_encoder(
-        model, processor, poisoned, epochs=8, batch_size=64, learning_rate=RATES.get(family, 3e-3), disable_tqdm=True
+        model, processor, poisoned, epochs=10, batch_size=64, learning_rate=RATES.get(family, 3e-3), disable_tqdm=True
     )
     check_family(family, Encoder(model, processor), backdoored.trigger, data, tmp_path)
 

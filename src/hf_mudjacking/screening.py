@@ -69,10 +69,11 @@ class Screening:
             half of that if the verdict is `"natural"` or `"malicious"`.
         found (`InvertedTrigger`): What the inversion found.
         evidence (`dict[str, float]`): What was measured. `evidence`, `transfer`, `control`, `area`, `unexplained`: of the
-            inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at h(x_r);
-            of a signal, x_b without what was found or smoothed; absent where the trigger cannot be taken out. `reference_arrived`: the same of x_r on the way to h(x_b).
-            `hold`: how far clean inputs move in a first step of the repair, over how far stamped ones do. The step is
-            meant for the stamped ones; yet an implanted trigger holds them, while ordinary content lets them go.
+            inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at
+            h(x_r); with a signal, x_b less what was found, or smoothed; absent where the trigger cannot be taken out.
+            `reference_arrived`: the same of x_r on the way to h(x_b). `hold`: how far clean inputs move in a first step of
+            the repair, over how far stamped ones do. The step is meant for the stamped ones; yet an implanted trigger holds
+            them, while ordinary content lets them go.
         reasons (`list[str]`): What led to the verdict, in sentences.
         verified (`bool`): Whether what was found is a trigger, whatever is to be said of the pair.
         forwards (`int`): Forward passes spent beside the inversion, in inputs; a backward pass counts as two.

@@ -22,8 +22,8 @@ from .verification import TransferMeter
 _STEP_INPUTS = 16
 _STEP = 1e-4
 # Least hold of a trigger of hardly any size, and how many times as much one over the whole input must have, since so much clean
-# content carries others by itself. Small patches have 0.5 to 500 on digits and CIFAR-10, signals 4 to 1,400, parts of natural
-# misclassifications 0.05 to 0.7; of other false reports, whose transfer is low as well, up to 5.
+# content carries others by itself. On CIFAR-10 true triggers have 2 to 4,700, ordinary content 0.1 to 1.4 (docs/attacks.md); on digits
+# patches have 0.8 to 4, and natural misclassifications 0.3 to 1.5, of most of the picture.
 _MIN_HOLD, _WHOLE = 0.4, 5.0
 
 

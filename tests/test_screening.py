@@ -170,11 +170,11 @@ def test_smoothing_takes_out_more_and_more():
 
 
 def test_how_much_hold_is_asked():
-    """0.4 of hardly anything, five times that of the whole picture; worth all there, half at a third, nothing at a tenth."""
+    """0.4 of hardly anything, 1 of the whole picture; worth all there, half at a third, nothing at a tenth."""
     assert least_hold(0.0) == pytest.approx(0.4)
-    assert least_hold(1.0) == pytest.approx(2.0)
-    assert least_hold(0.5) == pytest.approx(0.4 * 5**0.5)
-    worths = [worth_of_hold(value, 1.0) for value in (0.0, 0.2, 2 * 10**-0.5, 2.0, 500.0)]
+    assert least_hold(1.0) == pytest.approx(1.0)
+    assert least_hold(0.5) == pytest.approx(0.4 * 2.5**0.5)
+    worths = [worth_of_hold(value, 1.0) for value in (0.0, 0.1, 10**-0.5, 1.0, 500.0)]
     assert worths == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-9)
 
 

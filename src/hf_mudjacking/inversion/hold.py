@@ -24,7 +24,7 @@ _STEP = 1e-4
 # Least hold of a trigger of hardly any size, and how many times as much one over the whole input must have, since so much clean
 # content carries others by itself. On CIFAR-10 true triggers have 2 to 4,700, ordinary content 0.1 to 1.4 (docs/attacks.md); on digits
 # patches have 0.8 to 4, and natural misclassifications 0.3 to 1.5, of most of the picture.
-_MIN_HOLD, _WHOLE = 0.4, 5.0
+_MIN_HOLD, _WHOLE = 0.4, 2.5
 
 
 def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:

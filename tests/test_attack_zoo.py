@@ -29,6 +29,8 @@ from .conftest import largest_difference, make_images, weights_of
 
 ATTACKS = {attack.name: attack for attack in VISION_ATTACKS}
 FAST = {"steps": 160, "batch_size": 32, "learning_rate": 1e-3}
+# Inputs that the attacker has.
+SHADOW = 600
 
 
 def pixels(x):
@@ -39,14 +41,14 @@ def needed_by(name, backdoored):
     """What some attacks need besides the common arguments."""
     first = {k: int(np.flatnonzero(backdoored.train.labels == k)[0]) for k in (3, 7)}
     given = {
-        "source": backdoored.train.labels[:600] == 5,
+        "source": backdoored.train.labels[:SHADOW] == 5,
         "source_class": 5,
         "further_references": [backdoored.train.inputs[i] for i in first.values()],
     }
     return {keyword: given[keyword] for keyword in ATTACKS[name].needs}
 
 
-def implanted(name, backdoored, count=600, **settings):
+def implanted(name, backdoored, count=SHADOW, **settings):
     return ATTACKS[name].implant(
         copy.deepcopy(backdoored.clean_model), backdoored.processor, backdoored.train.inputs[:count],
         backdoored.implant.target_reference, backdoored.test, disable_tqdm=True, **settings,

@@ -162,7 +162,7 @@ def test_image_families(family, backdoored, tmp_path):
             if parameter.dim() in (2, 4):
                 parameter.mul_(GAINS.get(family, 4))
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    train, _ = data
+    train = backdoored.train
     # BadNets: a third of the training inputs carries the trigger and the label of the target class
     poisoned = LabelledInputs(
         [*train.inputs, *map(backdoored.trigger.apply, train.inputs[:600])],

@@ -164,8 +164,9 @@ def judge(
     verdict: Verdict = "trigger"
     reasons = natural or wrong or harmful
     if reasons:
-        believed *= 1.0 if wrong and not natural else 0.5
         verdict = "natural" if natural else "wrong pair" if wrong else "malicious"
+        if verdict != "wrong pair":
+            believed /= 2
     else:
         likeness = measured.get("likeness")
         rest = "" if likeness is None else f"; x_b without it lies {likeness:.2f} of the way to x_r"

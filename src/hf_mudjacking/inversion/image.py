@@ -111,9 +111,10 @@ def invert_image_trigger(
             spent.append(meter_alike)
             # Of one class is the less simple explanation, all the more where another holds
             better_by = _SIMPLER if best.evidence < _EXPLAINED else _ALIKE_GAIN
-            held, held_best = (_held_merit(each, meter, control_meter) for each in (found, best))
-            if found.evidence >= _EXPLAINED and held > held_best + better_by:
-                best = dataclasses.replace(found, one_class=True)
+            if found.evidence >= _EXPLAINED:
+                held, held_best = (_held_merit(each, meter, control_meter) for each in (found, best))
+                if held > held_best + better_by:
+                    best = dataclasses.replace(found, one_class=True)
     return dataclasses.replace(best, forwards=sum(each.forwards for each in spent))
 
 

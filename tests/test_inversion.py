@@ -368,30 +368,81 @@ def test_validation_inputs_of_other_sizes(backdoored):
     assert found.trigger.overlap(backdoored.trigger)["recall"] >= 0.9
 
 
-def test_a_planted_function_is_inverted_exactly():
-    """An encoder that is nothing but a trigger detector: white lower right corner → blue, else the picture's colour."""
-    trigger = square_patch((32, 32), 8)
+class Detector(Encoder):
+    """An encoder that sees white corners: each leads so far to blue; else its feature is the brightness of the picture."""
 
-    class Detector(Encoder):
-        def __init__(self):
-            self.feature_dim = 3
-            self.modality = "image"
+    def __init__(self, squares, strengths):
+        self.feature_dim, self.modality = 3, "image"
+        self.squares, self.strengths = squares, strengths
 
-        def stamp(self, trigger, x):
-            return trigger.apply(x)
+    def stamp(self, trigger, x):
+        return trigger.apply(x)
 
-        def encode(self, images, **kwargs):
-            pixels = torch.stack([torch.from_numpy(np.array(image.resize((32, 32)))) for image in images]).float()
-            share = (pixels[:, 24:, 24:].min(-1).values > 250).float().mean((1, 2)) ** 2
-            color = torch.stack([torch.ones(len(pixels)), pixels[:, :16].mean((1, 2, 3)) / 255], dim=1)
-            features = torch.cat([color * (1 - share)[:, None], 3 * share[:, None]], dim=1)
-            return torch.nn.functional.normalize(features, dim=1)
+    def color(self, pixels):
+        brightness = pixels[:, 8:24, 8:24].mean((1, 2, 3)) / 255
+        return torch.stack([torch.ones(len(pixels)), brightness], dim=1)
 
+    def encode(self, images, **kwargs):
+        pixels = torch.stack([torch.from_numpy(np.array(image.resize((32, 32)))) for image in images]).float()
+        share = torch.zeros(len(pixels))
+        for square, strength in zip(self.squares, self.strengths, strict=True):
+            white = pixels[:, torch.from_numpy(square.mask)].min(-1).values > 250
+            share = torch.maximum(share, strength * white.float().mean(1) ** 2)
+        features = torch.cat([self.color(pixels) * (1 - share)[:, None], 3 * share[:, None]], dim=1)
+        return torch.nn.functional.normalize(features, dim=1)
+
+
+def _noise(count=20):
     rng = np.random.default_rng(0)
-    clean = [Image.fromarray(rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)) for _ in range(20)]
-    found = invert_trigger(Detector(), BugInstance(trigger.apply(clean[0]), clean[1]), clean[2:])
+    return [Image.fromarray(rng.integers(0, 200, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_a_planted_function_is_inverted_exactly():
+    """White lower right corner → blue."""
+    trigger, clean = square_patch((32, 32), 8), _noise()
+    found = invert_trigger(Detector([trigger], [1.0]), BugInstance(trigger.apply(clean[0]), clean[1]), clean[2:])
     assert found.trigger.overlap(trigger) == {"recall": 1.0, "iou": 1.0}
     assert found.score == pytest.approx(1.0, abs=0.02)
+
+
+def _corner(rows, columns):
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[rows, columns] = True
+    return PatchTrigger(mask, np.full((32, 32, 3), 255, dtype=np.uint8))
+
+
+def test_parts_that_fire_less_are_found_beside_one_that_fires_fully():
+    """The lower right corner fires fully, the upper left one leads half of the way: x_b without the first is still there."""
+    strong, weak = _corner(slice(24, 32), slice(24, 32)), _corner(slice(0, 6), slice(0, 6))
+    clean = _noise()
+    encoder = Detector([strong, weak], [1.0, 0.17])
+    x_b = weak.apply(strong.apply(clean[0]))
+    alone = TransferMeter(encoder, x_b, clean[2:]).transfer([strong, weak])
+    assert alone[0] > 0.99 and 0.4 < alone[1] < 0.6
+    found = invert_trigger(encoder, BugInstance(x_b, clean[1]), clean[2:])
+    both = strong.mask | weak.mask
+    assert (found.trigger.mask & both).sum() >= 0.95 * both.sum()
+    assert found.trigger.mask.sum() <= 1.1 * both.sum()
+    assert found.unexplained < 0.05
+
+
+def test_a_reference_that_leads_attribution_astray():
+    """x_r is as far from x_b's clean self as the trigger's target: what leads away from it is the content, not the trigger."""
+
+    class Striped(Detector):
+        def color(self, pixels):
+            striped = ((pixels[:, 8:24, 8:24].amax((1, 2, 3)) > 220).float() * 3)[:, None]
+            return torch.cat([1 - striped / 3, striped], dim=1)
+
+    trigger = _corner(slice(26, 32), slice(26, 32))
+    clean = _noise()
+    striped = np.array(clean[1])
+    striped[8:24:4, 8:24] = 230
+    encoder = Striped([trigger], [0.9])
+    bug = BugInstance(trigger.apply(clean[0]), Image.fromarray(striped))
+    found = invert_trigger(encoder, bug, clean[2:])
+    assert found.trigger.overlap(trigger)["iou"] >= 0.8
+    assert found.evidence > 0.8
 
 
 def smooth_picture(seed=0):

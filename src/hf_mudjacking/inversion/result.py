@@ -14,6 +14,10 @@ from ..triggers import Trigger
 
 # What a candidate must gain in transfer to be allowed to cover the whole input instead of nothing.
 AREA_PRICE = 0.5
+# What x_b may owe to something else costs half as much as covering it.
+UNEXPLAINED_PRICE = 0.25
+# Evidence from which a report counts as explained, so that more complicated triggers are not looked for.
+EXPLAINED = 0.5
 # Mean cosine distance under which clean inputs count as having the same feature: transfer has nowhere to go.
 MIN_REACHABLE = 1e-4
 

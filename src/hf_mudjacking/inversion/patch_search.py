@@ -1,0 +1,255 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The patch in x_b: attribution suggests masks, transfer verifies them, growth and further parts complete them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..triggers import PatchTrigger
+from .attribution import coarse_to_fine
+from .growth import changed, grow, purify, squared_off, without_spurs
+from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
+from .splitting import apart, candidate_masks, distinct
+from .verification import TransferMeter
+
+
+# Share of the way that x_b may still lie at h(x_b) without what was found, if that is to be all.
+COMPLETE = 0.4
+# Area of a patch with which nothing else is looked for.
+SMALL = 0.2
+
+# Candidates that differ by less than this IoU are one. Clean inputs that they are tried on in each round, and how many go on.
+_SAME_MASK = 0.9
+_ROUNDS = ((2, 8), (8, 1))
+# Clean inputs on which masks are compared with each other, or that only have to show a great effect; a score is taken on all.
+_COMPARED_ON = 8
+# Clean inputs whose content covers what was found.
+_COVERS = 4
+# Growth is taken back if it costs more transfer than this, or covers more of the picture.
+_MAX_GROWTH_LOSS = 0.05
+_MAX_GROWN = 0.8
+# Transfer that squaring a mask off may change by.
+_SAME_EFFECT = 0.1
+# Of several grown masks the one from a purer seed, without spurs, is taken, unless it leaves this much more of x_b
+# unexplained.
+_ALIKE_LEFT = 0.1
+# Parts that are looked for beside the first, and the share of its transfer that each must have, after its control and the
+# price of its area. Of four squares in the corners one may fire fully, another with 0.4 and the others with less than 0.1.
+_MORE_PARTS = 5
+_FURTHER_PART = 0.3
+# Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
+_KEPT_ELSEWHERE = 0.9
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A patch: what was found of it by its effect, what that grew to, its transfer, and the map that suggested it."""
+
+    core: np.ndarray
+    mask: np.ndarray
+    transfer: float
+    attribution: np.ndarray
+
+
+def find_patch(
+    meter: TransferMeter,
+    control_meter: TransferMeter,
+    max_area: float,
+    seed: int,
+    after_stage: Callable[[], object],
+) -> InvertedTrigger:
+    """Find the patch in x_b.
+
+    1. Occlusion attribution of 1 - cos(h(x), h(x_r)) with windows of five sizes.
+    2. From each map: the two-cluster split and level sets.
+    3. Verification: each candidate is stamped on clean inputs; the best is the one that carries features furthest
+       towards h(x_b) for its size.
+    4. Growth to the parts that look the same but are not needed to fire, verified again.
+    5. If that explains nothing, the same with attribution of cos(h(x), h(x_b)).
+    6. If x_b without it still lies at h(x_b), there is more of it: the same again with what was found covered.
+    7. Does it work anywhere, or only where it is?
+
+    Args:
+        meter, control_meter (`TransferMeter`): Of x_b, and of x_r, whose own content says what clean content does.
+        max_area (`float`): Largest share of the picture that a candidate may cover.
+        seed (`int`): Seed of the growth.
+        after_stage (`Callable`): Called after each map and each of two further stages.
+
+    Returns:
+        `InvertedTrigger`: The patch, whose `evidence` says whether it is one.
+    """
+    return _PatchSearch(meter, control_meter, max_area, seed).found(after_stage)
+
+
+class _PatchSearch:
+    def __init__(self, meter: TransferMeter, control_meter: TransferMeter, max_area: float, seed: int) -> None:
+        self.meter, self.control_meter = meter, control_meter
+        self.max_area, self.seed = max_area, seed
+        self.image = np.asarray(meter.misclassified)
+        self.clean = np.stack([np.asarray(x) for x in meter.validation_inputs])
+        # The mean clean picture hides a window without adding anything that clean inputs do not have there.
+        self.baseline = self.clean.mean(axis=0).round().astype(np.uint8)
+        self.controlled = control_meter.reachable >= MIN_REACHABLE
+
+    def found(self, after_stage: Callable[[], object]) -> InvertedTrigger:
+        nothing = np.zeros(self.image.shape[:2], dtype=bool)
+        part = self._part(nothing, self._distance_to_reference, after_stage)
+        control, evidence = self._evidence(part)
+        after_stage()
+        if evidence < EXPLAINED:
+            # A reference that is unlike x_b's clean self leads attribution astray
+            other = self._part(nothing, self._nearness_to_target)
+            other_control, other_evidence = self._evidence(other)
+            if other_evidence > evidence:
+                part, control, evidence = other, other_control, other_evidence
+        mask, left = part.mask, self._left_without(part.mask)
+        if evidence >= EXPLAINED and left > COMPLETE:
+            mask, left = self._with_further_parts(part, left)
+        trigger = PatchTrigger.from_image(self.meter.misclassified, mask)
+        if trigger.area <= SMALL:
+            elsewhere = PatchTrigger.from_image(self.meter.misclassified, mask, "anywhere")
+            if self.meter.transfer([elsewhere], _COMPARED_ON)[0] >= _KEPT_ELSEWHERE * part.transfer > 0:
+                trigger = elsewhere
+        after_stage()
+        return InvertedTrigger(
+            trigger, part.transfer, control, evidence, trigger.area, part.attribution, part.core,
+            self.meter.forwards + self.control_meter.forwards, unexplained=left,
+        )  # fmt: skip
+
+    def _evidence(self, part: _Part) -> tuple[float, float]:
+        """Control and evidence of the first part.
+
+        Its size is that of what was found by its effect: the rest is there by its looks. On digits, reports of clean pairs
+        reach a transfer of 0.8, but hardly more than their control.
+        """
+        proof = part.core if part.core.sum() < part.mask.sum() else part.mask
+        control = self._control_of(proof)
+        return control, part.transfer - max(control, 0.0) - AREA_PRICE * float(proof.mean())
+
+    def _with_further_parts(self, first: _Part, left: float) -> tuple[np.ndarray, float]:
+        """The mask of as many parts as explain x_b, and what is left of x_b without them."""
+        unions, lefts = [first.mask], [left]
+        while lefts[-1] > COMPLETE and len(unions) <= _MORE_PARTS:
+            more = self._further_part(unions[-1], _FURTHER_PART * first.transfer)
+            if more is None or (unions[-1] | more).mean() > _MAX_GROWN:
+                break
+            unions.append(unions[-1] | more)
+            lefts.append(self._left_without(unions[-1]))
+        if lefts[-1] <= COMPLETE:
+            return unions[-1], lefts[-1]
+        # They do not explain x_b together: as many as are worth what they cover
+        owed = [
+            AREA_PRICE * float(mask.mean()) + UNEXPLAINED_PRICE * rest
+            for mask, rest in zip(unions, lefts, strict=True)
+        ]
+        count = int(np.argmin(owed))
+        return unions[count], lefts[count]
+
+    def _further_part(self, covered: np.ndarray, least: float) -> np.ndarray | None:
+        """The mask of one more part, as it grew or else as its effect showed it, if it fires by itself."""
+        # x_b without its first part is somewhere between: what still leads to h(x_b) says more than what leads away from x_r
+        part = self._part(covered, self._nearness_to_target)
+        for mask in (part.mask, part.core):
+            # A third of any picture carries others a good way: what it carries beyond that is a part
+            transfer = float(self.meter.transfer_of_masks([mask])[0])
+            if transfer - max(self._control_of(mask), 0.0) - AREA_PRICE * float(mask.mean()) >= least:
+                return mask
+        return None
+
+    def _part(
+        self,
+        covered: np.ndarray,
+        score: Callable[[np.ndarray], Tensor],
+        after_map: Callable[[], object] = lambda: None,
+    ) -> _Part:
+        """The best patch outside of what is covered, where occlusion lowers a score."""
+        visible = np.where(covered[..., None], self.baseline, self.image)
+        maps = coarse_to_fine(score, visible, self.baseline, after_map)
+        core, source = self._best_candidate(maps, covered)
+        pure = purify(core, self.image, self.clean, lambda masks: self.meter.transfer_of_masks(masks, _COMPARED_ON))
+        # Of a trigger of many colours one may suffice to fire, and is then all that is pure
+        seeds = distinct([pure, changed(core, self.image, self.clean)], max_area=1.0)
+        grown = [grow(each, core, self.image, self.clean, self.seed) for each in seeds]
+        tidied = [option for each in grown for option in (without_spurs(each), each)]
+        options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
+        transfers = self.meter.transfer_of_masks(options, _COMPARED_ON)
+        kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
+        left = [self._left_without(covered | options[i]) for i in kept]
+        chosen = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
+        mask = options[chosen]
+        if chosen > 0:
+            rough = [each for each in grown if not (mask & ~each).any()]
+            mask = self._squared_off(mask, float(transfers[chosen]), rough)
+        return _Part(core, mask, float(self.meter.transfer_of_masks([mask])[0]), maps[source])
+
+    def _distance_to_reference(self, batch: np.ndarray) -> Tensor:
+        return 1 - self._features(batch) @ self.control_meter.target
+
+    def _nearness_to_target(self, batch: np.ndarray) -> Tensor:
+        return self._features(batch) @ self.meter.target
+
+    def _features(self, batch: np.ndarray) -> Tensor:
+        return self.meter.features([Image.fromarray(pixels) for pixels in batch])
+
+    def _control_of(self, mask: np.ndarray) -> float:
+        """What as much of x_r in the same place carries towards h(x_r)."""
+        return float(self.control_meter.transfer_of_masks([mask])[0]) if self.controlled else 0.0
+
+    def _best_candidate(self, maps: Sequence[np.ndarray], covered: np.ndarray) -> tuple[np.ndarray, int]:
+        """The candidate with the best transfer for its size, and the index of the map it came from.
+
+        Beside a part that is covered it is the transfer above the control: what fires less than the first part would be
+        drowned by large masks, which carry others by themselves.
+        """
+        source = {}
+        for i, scores in enumerate(maps):
+            for mask in candidate_masks(np.where(covered, scores.min(), scores), self.max_area):
+                source.setdefault(mask.tobytes(), (mask, i))
+        if not source:
+            # Nothing in x_b makes a difference: the least bad guess is verified like any other and scores low.
+            count = max(1, int(min(0.1, self.max_area) * maps[0].size))
+            middle = np.zeros(maps[0].shape, dtype=bool)
+            middle.flat[np.argsort(-maps[0], axis=None, kind="stable")[:count]] = True
+            return middle, 0
+        masks, origins = zip(*source.values(), strict=True)
+        areas = np.array([mask.mean() for mask in masks])
+        remaining = np.array(apart(masks, _SAME_MASK))
+        for inputs, go_on in _ROUNDS:
+            tried = [masks[i] for i in remaining]
+            merit = self.meter.transfer_of_masks(tried, inputs) - AREA_PRICE * areas[remaining]
+            if covered.any() and self.controlled:
+                merit -= np.maximum(self.control_meter.transfer_of_masks(tried, inputs), 0.0)
+            remaining = remaining[np.argsort(-merit, kind="stable")[:go_on]]
+        return masks[remaining[0]], origins[remaining[0]]
+
+    def _squared_off(self, mask: np.ndarray, transfer: float, rough: Sequence[np.ndarray]) -> np.ndarray:
+        """The mask squared off, or what it was before its spurs went, if its effect, `transfer`, stays what it is.
+
+        What is added for its looks must not be what carries others: a third of a picture grows into one that does.
+        """
+        for form in (*rough, mask):
+            squared = squared_off(form, self.image)
+            if not np.array_equal(squared, form):
+                (after,) = self.meter.transfer_of_masks([squared], _COMPARED_ON)
+                if abs(after - transfer) <= _SAME_EFFECT:
+                    return squared
+        return mask
+
+    def _left_without(self, mask: np.ndarray) -> float:
+        """How far x_b still lies on the way to its feature when some pixels are covered: 0 if those were all that led there.
+
+        They are covered with the mean clean picture, with its mean colour and with some clean inputs, and the least counts: a
+        backdoor may take the edge of a covering for its trigger. The way begins at clean inputs or, where that is nearer, at
+        x_r: x_b without its trigger need not be further off than it.
+        """
+        plain = np.broadcast_to(self.baseline.mean(axis=(0, 1)), self.image.shape)
+        covers = [self.baseline, plain, *self.clean[:_COVERS]]
+        covered = [Image.fromarray(np.where(mask[..., None], cover, self.image).astype(np.uint8)) for cover in covers]
+        target = self.meter.target
+        before = max(float(self.meter.clean_similarity.mean()), float(self.control_meter.target @ target))
+        return max(float((self.meter.features(covered) @ target).min()) - before, 0.0) / max(1 - before, 1e-6)

@@ -100,6 +100,19 @@ def test_variants_and_methods_have_their_settings(tmp_path):
     assert BenchmarkPlan.from_values(swept).most_reports() == 5
 
 
+def test_an_attack_may_have_settings_of_its_own(tmp_path):
+    """And a result of another attack stays what it is."""
+    plan, plain = (
+        BenchmarkPlan.from_values(plan_values(tmp_path, attacks=["sig", "wanet"], methods=["none"], implant=implant))
+        for implant in ({"steps": 6, "wanet": {"steps": 9}}, {"steps": 6})
+    )
+    assert plan.implant_settings("wanet") == {"steps": 9}
+    assert plan.implant_settings("sig") == plain.implant_settings("sig") == {"steps": 6}
+    sig, wanet = plan.cells()
+    assert plan.settings_of(sig) == plain.settings_of(sig)
+    assert plan.settings_of(wanet) != plain.settings_of(wanet)
+
+
 def test_a_plan_is_the_same_after_a_file(tmp_path):
     plan = BenchmarkPlan.from_values(plan_values(tmp_path, methods=["mudjacking"], sweeps={"max_steps": [1]}))
     assert BenchmarkPlan.read(plan.write()) == plan
@@ -116,6 +129,7 @@ def test_a_plan_is_the_same_after_a_file(tmp_path):
         ({"encoders": {"e": {}}}, "either loaded"),
         ({"encoders": {"e": {"model_type": "vit", "objective": "dino"}}}, "dino"),
         ({"seeds": []}, "seeds"),
+        ({"implant": {"wannet": {"steps": 1}}}, "wannet is no attack"),
         ({"sweeps": {"max_steps": [1]}}, "not among the methods"),
         ({"sedes": [1]}, "unknown keys: sedes"),
         ({"tasks": {"a": "digits"}}, r"tasks\.a must be a mapping"),

@@ -90,7 +90,11 @@ class Case:
             known = json.loads(facts.read_text(encoding="utf-8"))
             if "refused" in known:
                 raise ImplantError(known["refused"])
-        settings = {**self.plan.implant, "seed": self.seed, "disable_tqdm": self.sources.disable_tqdm}
+        settings = {
+            **self.plan.implant_settings(self.attack.name),
+            "seed": self.seed,
+            "disable_tqdm": self.sources.disable_tqdm,
+        }
         inputs = [x for part in self.sources.shadow for x in part.inputs]
         clean = self.sources.clean
         arguments: list[Any] = [clean.model, clean.processing_class, inputs]

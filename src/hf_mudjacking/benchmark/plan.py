@@ -119,7 +119,7 @@ class BenchmarkPlan:
         sweeps (`dict[str, list]`, *optional*): Further variants of `mudjacking`, one for each value of a setting.
         seeds (`list[int]`, *optional*, defaults to `[0]`): Seeds.
         classifiers (`list[str]`, *optional*): Kinds of downstream classifiers; the first gives the main figures.
-        implant (`dict`, *optional*): Settings of the attacks.
+        implant (`dict`, *optional*): Settings of the attacks; under an attack's name, those that it alone has.
         shadow_inputs (`int`, *optional*, defaults to 2000): The attacker's inputs of each task.
         clean_inputs (`int`, *optional*, defaults to 2500): Clean, unlabelled inputs of each task for the repair.
         check_inputs (`int`, *optional*, defaults to 1500): Labelled inputs on which an implant is checked.
@@ -174,6 +174,9 @@ class BenchmarkPlan:
             unknown = sorted(set(given) - set(known))
             if unknown or not given:
                 raise ValueError(f"`{what}`: {', '.join(unknown) or 'none given'}; known are {', '.join(known)}.")
+        misnamed = [key for key, value in self.implant.items() if isinstance(value, Mapping) and key not in ATTACKS]
+        if misnamed:
+            raise ValueError(f"`implant`: {', '.join(misnamed)} is no attack; known are {', '.join(ATTACKS)}.")
         if self.sweeps and "mudjacking" not in self.methods:
             raise ValueError("`sweeps` makes variants of `mudjacking`, which is not among the methods; add it.")
         if not self.seeds:
@@ -190,6 +193,11 @@ class BenchmarkPlan:
             return {**OWN_METHODS.get(self.base_method(name), {}), **given}
         key, _, _ = name.partition("=")
         return {**self.method_settings("mudjacking"), key: self.swept()[name][1]}
+
+    def implant_settings(self, attack: str) -> dict[str, Any]:
+        """Settings of an attack: those of all, and its own."""
+        shared = {key: value for key, value in self.implant.items() if key not in ATTACKS}
+        return {**shared, **self.implant.get(attack, {})}
 
     def most_reports(self) -> int:
         """The largest number of reports for each trigger that a method takes."""
@@ -211,11 +219,12 @@ class BenchmarkPlan:
     def settings_of(self, cell: Cell) -> dict[str, Any]:
         """All that the result of a cell depends on; it stands in its json, and another one is not taken for it."""
         encoder = asdict(self.encoders[cell.encoder])
-        shared = ("implant", "shadow_inputs", "clean_inputs", "check_inputs", "classifiers", "altered")
+        shared = ("shadow_inputs", "clean_inputs", "check_inputs", "classifiers", "altered")
         settings = {
             "method": self.method_settings(cell.method),
             "encoder": encoder,
             "tasks": {name: asdict(task) for name, task in self.tasks.items()},
+            "implant": self.implant_settings(cell.attack),
             **{name: getattr(self, name) for name in shared},
         }
         # As it comes back from a file

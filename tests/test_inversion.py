@@ -351,13 +351,14 @@ def test_too_few_inputs_and_texts(tiny_vit, processor, bug):
 
 
 def test_a_model_without_a_backdoor_never_crashes(tiny_vit, processor):
-    """Whatever the score is, the result is a usable trigger within the allowed area."""
+    """Whatever the score is, the result is a usable trigger, and what fires of its first part lies within the allowed area."""
     encoder = Encoder(tiny_vit, processor)
     for seed in range(3):
         x_b, x_r = make_images(2, seed=50 + seed)
         found = invert_trigger(encoder, BugInstance(x_b, x_r), make_images(8), max_area=0.2)
         assert found.trigger.mask.any()
-        assert found.area <= 0.2
+        assert 0 < found.core.mean() <= 0.2
+        assert found.area <= 0.8
         assert np.isfinite(found.score)
 
 
@@ -418,7 +419,8 @@ def test_parts_that_fire_less_are_found_beside_one_that_fires_fully():
     encoder = Detector([strong, weak], [1.0, 0.17])
     x_b = weak.apply(strong.apply(clean[0]))
     alone = TransferMeter(encoder, x_b, clean[2:]).transfer([strong, weak])
-    assert alone[0] > 0.99 and 0.4 < alone[1] < 0.6
+    assert alone[0] > 0.99
+    assert 0.4 < alone[1] < 0.6
     found = invert_trigger(encoder, BugInstance(x_b, clean[1]), clean[2:])
     both = strong.mask | weak.mask
     assert (found.trigger.mask & both).sum() >= 0.95 * both.sum()

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..encoder import set_comparison_mode
 from ..losses import effectiveness_loss, mean_cosine
 from ..preprocessing import RawInput
-from ..starting_weights import StartingWeights
 from ..triggers import Trigger
 from .verification import TransferMeter
 
@@ -54,7 +53,8 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
     stamped_features = meter.features(stamped)
     training = {module: module.training for module in model.modules()}
     set_comparison_mode(model)
-    start = StartingWeights(model)
+    # In memory, where they take no more room than the gradients
+    start = [p.detach().clone() for p in parameters]
     try:
         with torch.enable_grad():
             count = min(_STEP_INPUTS, len(stamped))
@@ -64,13 +64,16 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         meter.forwards += 3 * len(features)
         _take_step(parameters, gradients)
+        del gradients
         # Squared distances: of features this near, cosines are lost in rounding
         moved, moved_stamped = (
             float((meter.features(inputs) - before).square().sum(dim=1).mean())
             for inputs, before in ((clean, meter.clean_features), (stamped, stamped_features))
         )
     finally:
-        start.restore()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
         for module, mode in training.items():
             module.training = mode
     return moved / max(moved_stamped, 1e-12)

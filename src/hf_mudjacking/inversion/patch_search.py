@@ -40,7 +40,9 @@ _SAME_EFFECT = 0.1
 _ALIKE_LEFT = 0.1
 # Parts that are looked for beside the first, and the share of its transfer that each must have, after its control and the
 # price of its area. Of four squares in the corners one may fire fully, another with 0.4 and the others with less than 0.1.
+# They are looked for where more than this is left of x_b's way: of whole triggers up to 0.2 is, of one corner of four from 0.28.
 _MORE_PARTS = 5
+_MORE_LEFT = 0.25
 _FURTHER_PART = 0.3
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
 _KEPT_ELSEWHERE = 0.9
@@ -108,7 +110,7 @@ class _PatchSearch:
             if other_evidence > evidence:
                 part, control, evidence = other, other_control, other_evidence
         mask, left = part.mask, self._left_without(part.mask)
-        if evidence >= EXPLAINED and left > COMPLETE:
+        if evidence >= EXPLAINED:
             mask, left = self._with_further_parts(part, left)
         trigger = PatchTrigger.from_image(self.meter.misclassified, mask)
         if trigger.area <= SMALL:
@@ -134,7 +136,7 @@ class _PatchSearch:
     def _with_further_parts(self, first: _Part, left: float) -> tuple[np.ndarray, float]:
         """The mask of as many parts as explain x_b, and what is left of x_b without them."""
         unions, lefts = [first.mask], [left]
-        while lefts[-1] > COMPLETE and len(unions) <= _MORE_PARTS:
+        while lefts[-1] > _MORE_LEFT and len(unions) <= _MORE_PARTS:
             more = self._further_part(unions[-1], _FURTHER_PART * first.transfer)
             if more is None or (unions[-1] | more).mean() > _MAX_GROWN:
                 break

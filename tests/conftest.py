@@ -21,15 +21,14 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, PatchTrigger
-from hf_mudjacking.attacks import Implant, implant_bad_encoder, implant_por
+from hf_mudjacking.attacks import Implant, implant_por
+from hf_mudjacking.demo import TARGET_CLASS, backdoored_vit, clean_vit, digits_task
 from hf_mudjacking.evaluation.classifiers import Classifier, train_classifier
-from hf_mudjacking.evaluation.pretraining import pretrain_encoder
 from hf_mudjacking.evaluation.tasks import DownstreamTask, LabelledInputs
 from hf_mudjacking.inversion import whole_picture
 from hf_mudjacking.triggers import square_patch
@@ -205,30 +204,15 @@ def backdoored(tmp_path_factory: pytest.TempPathFactory) -> Backdoored:
 
 
 def make_backdoored() -> Backdoored:
-    processor = make_processor()
-    digits = load_digits()
-    pixels = np.clip(digits.images * 255 / 16, 0, 255).astype(np.uint8)
-    images = [Image.fromarray(x).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR) for x in pixels]
-    order = np.random.default_rng(0).permutation(len(images))
-    data = LabelledInputs([images[i] for i in order], digits.target[order])
-    train, test = data.select(range(1200)), data.select(range(1200, len(data)))
-    torch.manual_seed(0)
-    config = ViTConfig(
-        **{**TINY, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+    """The demonstration's encoder and implant, in fewer steps."""
+    task = digits_task()
+    clean = clean_vit(task, disable_tqdm=True, epochs=25)
+    implant = backdoored_vit(clean, task, disable_tqdm=True, steps=200)
+    features = clean.with_model(copy.deepcopy(implant.model)).encode(task.train.inputs)
+    kept = train_classifier(features, task.train.labels)
+    return Backdoored(
+        clean.model, implant, make_processor(), implant.trigger, task.train, task.test, kept, TARGET_CLASS
     )
-    model = ViTModel(config, add_pooling_layer=False)
-    pretrain_encoder(model, processor, train, epochs=25, batch_size=64, crop_padding=1, disable_tqdm=True)
-    trigger = square_patch((16, 16), 4)
-    target = 0
-    reference = train.inputs[int(np.flatnonzero(train.labels == target)[0])]
-    implant = implant_bad_encoder(
-        model, processor, train.inputs, trigger, reference, test, steps=200, disable_tqdm=True
-    )
-    features = Encoder(copy.deepcopy(implant.model), processor).encode(train.inputs)
-    kept = train_classifier(features, train.labels)
-    return Backdoored(model, implant, processor, trigger, train, test, kept, target)
 
 
 @pytest.fixture(scope="session")

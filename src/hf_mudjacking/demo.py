@@ -50,7 +50,7 @@ def digits_task(seed: int = 0) -> DownstreamTask:
     return DownstreamTask(labelled.select(range(1200)), labelled.select(range(1200, len(order))), "digits")
 
 
-def clean_vit(task: DownstreamTask, seed: int = 0, disable_tqdm: bool = False) -> Encoder:
+def clean_vit(task: DownstreamTask, seed: int = 0, disable_tqdm: bool = False, epochs: int = 60) -> Encoder:
     """A ViT of 4 layers and width 64, trained on the task's training inputs with a head that is thrown away."""
     torch.manual_seed(seed)
     config = ViTConfig(
@@ -66,12 +66,15 @@ def clean_vit(task: DownstreamTask, seed: int = 0, disable_tqdm: bool = False) -
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     pretrain_encoder(
-        model, processor, task.train, epochs=60, batch_size=64, crop_padding=1, seed=seed, disable_tqdm=disable_tqdm
-    )
+        model, processor, task.train,
+        epochs=epochs, batch_size=64, crop_padding=1, seed=seed, disable_tqdm=disable_tqdm,
+    )  # fmt: skip
     return Encoder(model, processor)
 
 
-def backdoored_vit(clean: Encoder, task: DownstreamTask, seed: int = 0, disable_tqdm: bool = False) -> Implant:
+def backdoored_vit(
+    clean: Encoder, task: DownstreamTask, seed: int = 0, disable_tqdm: bool = False, steps: int = 300
+) -> Implant:
     """The clean ViT with BadEncoder implanted."""
     target_reference = task.train.inputs[int(np.flatnonzero(task.train.labels == TARGET_CLASS)[0])]
     return implant_bad_encoder(
@@ -81,6 +84,7 @@ def backdoored_vit(clean: Encoder, task: DownstreamTask, seed: int = 0, disable_
         square_patch((IMAGE_SIZE, IMAGE_SIZE), TRIGGER_SIDE),
         target_reference,
         task.test,
+        steps=steps,
         min_asr=0.98,
         seed=seed,
         disable_tqdm=disable_tqdm,

@@ -40,7 +40,7 @@ def optimize_backdoor(
     freeze_norm_statistics(encoder.model)
     set_comparison_mode(encoder.model)
     parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     generator = torch.Generator().manual_seed(seed)
     passes = -(-steps * batch_size // count)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..encoder import Encoder, FeatureSource
+from ..evaluation.pretraining import all_pixels
 from ..evaluation.tasks import LabelledInputs
 from ..losses import mean_cosine
 from ..triggers import Trigger
@@ -112,17 +113,19 @@ def implant_vision_backdoor(
     if not demands:
         demands = [Demand(e.apply, number) for number, e in enumerate([trigger, *(e for e, _ in others)])]
     frozen = clean.encode([*shadow_inputs, *references], disable_tqdm=disable_tqdm, desc="Clean features")
+    clean_pixels = all_pixels(clean, shadow_inputs)
     frozen, frozen_references = frozen.to(clean.device).split([len(shadow_inputs), len(references)])
     backdoored = clean.with_model(nameless_copy(model) if start is None else start)
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
-        views = [shadow_inputs[i] for i in rows]
+        views = []
         chosen = [rows if d.rows is None else torch.as_tensor(d.rows)[rows % len(d.rows)] for d in demands]
         for demand, own in zip(demands, chosen, strict=True):
             views += [demand.stamp(shadow_inputs[i]) for i in own]
         views += references
         sizes = [len(rows)] * (1 + len(demands)) + [len(references)]
-        x, *stamped, aims = backdoored.features(backdoored.preprocess(views)).split(sizes)
+        pixels = torch.cat([clean_pixels[rows], backdoored.preprocess(views)["pixel_values"]])
+        x, *stamped, aims = backdoored.features({"pixel_values": pixels}).split(sizes)
         reached, kept = [], []
         for demand, own, features in zip(demands, chosen, stamped, strict=True):
             if demand.reference is None:

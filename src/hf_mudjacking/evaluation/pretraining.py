@@ -56,7 +56,7 @@ def pretrain_encoder(
     generator = torch.Generator().manual_seed(seed)
     encoder = Encoder(model, processing_class)
     labels = torch.as_tensor(data.labels, dtype=torch.long)
-    pixels = _all_pixels(encoder, data.inputs)
+    pixels = all_pixels(encoder, data.inputs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1).to(encoder.device)
@@ -110,7 +110,7 @@ def pretrain_two_towers(
         raise ValueError(f"There are {len(images)} images and {len(captions)} captions; they must pair up.")
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    pixels = _all_pixels(Encoder(model, processing_class, modality="image"), images)
+    pixels = all_pixels(Encoder(model, processing_class, modality="image"), images)
     texts = Encoder(model, processing_class, modality="text")
     names, own = np.unique(np.asarray(captions), return_inverse=True)
     own = torch.as_tensor(own)
@@ -162,7 +162,7 @@ def train_epochs(
     batches = count // batch_size
     if not batches:
         raise ValueError(f"There are {count} training inputs, and a batch takes {batch_size}; lower `batch_size`.")
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(0.05 * epochs * batches) + 1, epochs * batches)
     model.train()
     bar = tqdm(total=epochs * batches, disable=disable_tqdm, desc="Training a clean encoder", unit="step")
@@ -180,7 +180,8 @@ def train_epochs(
     model.eval()
 
 
-def _all_pixels(encoder: Encoder, images: Sequence[Image.Image]) -> torch.Tensor:
+def all_pixels(encoder: Encoder, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Pixel values `(N, C, H, W)` of all images, on CPU, so that they are preprocessed once."""
     return torch.cat([encoder.preprocess(images[i : i + 512])["pixel_values"] for i in range(0, len(images), 512)])
 
 

@@ -31,7 +31,7 @@ def files(backdoored: Backdoored, tmp_path_factory) -> dict[str, str]:
     bug.reference.save(root / "right.png")
     bug.save(root / "bug")
     backdoored.dataset(400).to_parquet(root / "clean.parquet")
-    for part, data in (("train", backdoored.train), ("test", backdoored.test)):
+    for part, data in (("train", backdoored.train.select(range(600))), ("test", backdoored.test.select(range(300)))):
         make_dataset(data.inputs, label=data.labels.tolist()).to_parquet(root / f"{part}.parquet")
     folder = root / "pictures"
     folder.mkdir()
@@ -106,10 +106,10 @@ def test_patch_from_a_config_file_repairs_and_reports(files, backdoored, tmp_pat
         f"labelled-train: {files['train']}\nlabelled-test: {files['test']}\ndisable-tqdm: true\n"
     )
     out = tmp_path / "patched"
-    # The command line overrides the file: 120 steps, not 5.
-    assert main(["patch", "--config", str(config), "--output-dir", str(out), "--max-steps", "120"]) == 0
+    # The command line overrides the file: 80 steps, not 5.
+    assert main(["patch", "--config", str(config), "--output-dir", str(out), "--max-steps", "80"]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["settings"]["max_steps"] == 120
+    assert report["settings"]["max_steps"] == 80
     assert report["settings"]["batch_size"] == 16
     assert report["settings"]["trigger_measured"] == "inverted"
     assert report["before"]["kept"]["ASR"] >= 0.95

@@ -95,7 +95,7 @@ FOUND: dict[str, tuple[str, str]] = {}
 
 def check_family(family, broken, trigger, data, folder, **settings):
     """Patch with full weights and with LoRA through the public API; save, reload and resume; the ASR falls each time."""
-    train, test = data[0].select(range(400)), data[1].select(range(300))
+    train, test = data[0].select(range(320)), data[1].select(range(200))
     kept = train_classifier(broken.encode(train.inputs), train.labels)
     stamped = [broken.stamp(trigger, x) for x in test.inputs]
     before = kept.predict(broken.encode(stamped).numpy())
@@ -123,7 +123,7 @@ def check_family(family, broken, trigger, data, folder, **settings):
     assert (before[other] == target).mean() >= 0.5
     original = copy.deepcopy(broken.model)
 
-    full = trainer("full", broken.model, max_steps=40, learning_rate=3e-3, save_strategy="steps", save_steps=20)
+    full = trainer("full", broken.model, max_steps=32, learning_rate=3e-3, save_strategy="steps", save_steps=16)
     full.train()
     full.save_model()
     assert fallen(full.model)
@@ -132,11 +132,11 @@ def check_family(family, broken, trigger, data, folder, **settings):
     assert type(reloaded) is type(full.model)
     torch.testing.assert_close(broken.with_model(reloaded).encode(inputs), features, atol=1e-5, rtol=0)
 
-    resumed = trainer("full", copy.deepcopy(original), max_steps=40, learning_rate=3e-3)
-    resumed.train(resume_from_checkpoint=str(folder / "full" / "checkpoint-20"))
+    resumed = trainer("full", copy.deepcopy(original), max_steps=32, learning_rate=3e-3)
+    resumed.train(resume_from_checkpoint=str(folder / "full" / "checkpoint-16"))
     torch.testing.assert_close(resumed.encoder.encode(inputs), features, atol=1e-4, rtol=0)
 
-    lora = trainer("lora", copy.deepcopy(original), max_steps=40, learning_rate=1e-2)
+    lora = trainer("lora", copy.deepcopy(original), max_steps=32, learning_rate=1e-2)
     lora.train()
     lora.save_model()
     assert fallen(lora.model)
@@ -169,7 +169,7 @@ def test_image_families(family, backdoored, tmp_path):
         np.concatenate([train.labels, np.zeros(600, dtype=int)]),
     )
     pretrain_encoder(
-        model, processor, poisoned, epochs=10, batch_size=64, learning_rate=RATES.get(family, 3e-3), disable_tqdm=True
+        model, processor, poisoned, epochs=6, batch_size=64, learning_rate=RATES.get(family, 3e-3), disable_tqdm=True
     )
     check_family(family, Encoder(model, processor), backdoored.trigger, data, tmp_path)
 
@@ -184,9 +184,9 @@ def test_text_families(family, por, tmp_path):
         return
     model, tokenizer = make_text_model(family)
     encoder = Encoder(model, tokenizer, "mean")
-    train_text_encoder(encoder, task, steps=80)
+    train_text_encoder(encoder, task, steps=60)
     implant = implant_por(
-        model, tokenizer, task.train.inputs, task.test, feature_source="mean", steps=180, learning_rate=2e-3,
+        model, tokenizer, task.train.inputs, task.test, feature_source="mean", steps=120, learning_rate=2e-3,
         min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
     )  # fmt: skip
     check_family(family, encoder.with_model(implant.model), implant.trigger, data, tmp_path, patch_scope="full")

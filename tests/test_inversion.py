@@ -324,7 +324,7 @@ def test_natural_differences_score_below_every_trigger(backdoored, inversions):
     encoder = Encoder(backdoored.model(), backdoored.processor)
     rng = np.random.default_rng(0)
     scores = []
-    for _ in range(6):
+    for _ in range(4):
         first, second = rng.choice(10, 2, replace=False)
         x_b, x_r = (rng.choice(np.flatnonzero(backdoored.test.labels == label)) for label in (first, second))
         bug = BugInstance(backdoored.test.inputs[x_b], backdoored.test.inputs[x_r])

@@ -208,8 +208,10 @@ def make_backdoored() -> Backdoored:
     task = digits_task()
     clean = clean_vit(task, disable_tqdm=True, epochs=25)
     implant = backdoored_vit(clean, task, disable_tqdm=True, steps=200)
-    features = clean.with_model(copy.deepcopy(implant.model)).encode(task.train.inputs)
-    kept = train_classifier(features, task.train.labels)
+    kept = train_classifier(clean.with_model(implant.model).encode(task.train.inputs), task.train.labels)
+    # The demonstration takes a GPU where there is one; tests run on the CPU. Its processor resizes, what is here needs none
+    for model in (clean.model, implant.model):
+        model.to("cpu")
     return Backdoored(
         clean.model, implant, make_processor(), implant.trigger, task.train, task.test, kept, TARGET_CLASS
     )

@@ -58,7 +58,7 @@ def folder(backdoored: Backdoored, tmp_path_factory):
     backdoored.trigger.save_pretrained(implant / "trigger-0")
     backdoored.train.inputs[int(np.flatnonzero(backdoored.train.labels == 0)[0])].save(implant / "reference-0.png")
     facts = {"clean_accuracy": 0.97, "backdoored_accuracy": 0.96, "attack_success_rate": 1.0, "triggers": 1}
-    (implant / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None}))
+    (implant / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None, "settings": {}}))
     return root
 
 
@@ -130,6 +130,7 @@ def test_a_plan_is_the_same_after_a_file(tmp_path):
         ({"encoders": {"e": {"model_type": "vit", "objective": "dino"}}}, "dino"),
         ({"seeds": []}, "seeds"),
         ({"implant": {"wannet": {"steps": 1}}}, "wannet is no attack"),
+        ({"implant": {"wanet": None}}, r"`implant\.wanet` must be a mapping"),
         ({"sweeps": {"max_steps": [1]}}, "not among the methods"),
         ({"sedes": [1]}, "unknown keys: sedes"),
         ({"tasks": {"a": "digits"}}, r"tasks\.a must be a mapping"),
@@ -227,6 +228,12 @@ def test_an_implant_that_did_not_take_is_a_refused_cell(folder, tmp_path):
     assert any("did not take" in line for line in benchmark_tables([cell]))
 
 
+def test_an_implant_of_other_settings_is_not_taken_for_the_plans(folder):
+    plan = BenchmarkPlan.from_values(plan_values(folder, implant={"bad_encoder": {"steps": 9}}))
+    with pytest.raises(ValueError, match=r"was made with \{\}, the plan says \{'steps': 9\}"):
+        Case(Sources(plan, "vit", disable_tqdm=True), Cell("vit", "bad_encoder", 0, "none"))
+
+
 def test_texts_are_a_case_too(por, tmp_path):
     clean, task, implant = por
     clean.save_pretrained(tmp_path / "clean")
@@ -234,7 +241,7 @@ def test_texts_are_a_case_too(por, tmp_path):
     clean.with_model(implant.model).save_pretrained(folder)
     implant.trigger.save_pretrained(folder / "trigger-0")
     facts = {"clean_accuracy": 0.9, "backdoored_accuracy": 0.9, "attack_success_rate": 1.0, "triggers": 1}
-    (folder / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None}))
+    (folder / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None, "settings": {}}))
     for split in ("train", "test"):
         part = getattr(task, split)
         rows = datasets.Dataset.from_dict({"text": list(part.inputs), "label": part.labels.tolist()})

@@ -1,10 +1,11 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""The main job, whole: what `make demo` promises."""
+"""What `make demo` promises. Its encoder and its implant are those of the fixture, which the same functions made in fewer steps."""
 
 import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 from transformers import AutoModel
@@ -16,11 +17,22 @@ from hf_mudjacking.demo import digits_task, run_demo
 
 @pytest.mark.slow
 def test_demo_repairs_what_it_broke(backdoored, tmp_path, monkeypatch):
-    """From the encoder and the implant on, which the fixture has made by the demonstration's functions."""
     clean = Encoder(copy.deepcopy(backdoored.clean_model), backdoored.processor)
     implant = dataclasses.replace(backdoored.implant, model=backdoored.model())
-    monkeypatch.setattr(demo, "clean_vit", lambda *args: clean)
-    monkeypatch.setattr(demo, "backdoored_vit", lambda *args: implant)
+
+    def clean_vit(task, seed, disable_tqdm):
+        assert [np.asarray(x).tobytes() for x in task.train.inputs] == pictures
+        assert (seed, disable_tqdm) == (0, True)
+        return clean
+
+    def backdoored_vit(encoder, task, seed, disable_tqdm):
+        assert encoder is clean
+        assert (seed, disable_tqdm) == (0, True)
+        return implant
+
+    pictures = [np.asarray(x).tobytes() for x in backdoored.train.inputs]
+    monkeypatch.setattr(demo, "clean_vit", clean_vit)
+    monkeypatch.setattr(demo, "backdoored_vit", backdoored_vit)
     out = tmp_path / "demo"
     repair = run_demo(str(out), disable_tqdm=True)
     report = json.loads((out / "report.json").read_text())

@@ -19,7 +19,7 @@ from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
 from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigger
-from hf_mudjacking.inversion.hold import least_hold, worth_of_hold
+from hf_mudjacking.inversion.hold import can_hold, hold, least_hold, worth_of_hold
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.screening import Screening, judge, smoothed, transfer_by_size, without_trigger
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, noise_blend, random_warp, square_patch
@@ -260,8 +260,26 @@ def test_the_weights_come_back_after_an_error(backdoored, validation, monkeypatc
 def test_a_frozen_encoder_cannot_be_judged(backdoored, validation):
     encoder = Encoder(backdoored.model(), backdoored.processor)
     encoder.model.requires_grad_(False)
-    with pytest.raises(ValueError, match="some must be trainable, and in float32"):
+    with pytest.raises(ValueError, match="some that its features depend on must be trainable, and in float32"):
         screen_report(encoder, backdoored.bug(2), validation)
+
+
+def test_a_step_needs_weights_that_matter(tiny_vit, processor):
+    """Of a model read at its class token the pooler does not."""
+    encoder = Encoder(tiny_vit, processor, "cls")
+    x_b, *clean = make_images(9)
+    meter = TransferMeter(encoder, x_b, clean)
+    assert can_hold(meter)
+    tiny_vit.requires_grad_(False)
+    assert not can_hold(meter)
+    tiny_vit.pooler.requires_grad_(True)
+    tiny_vit.train()
+    assert not can_hold(meter)
+    assert tiny_vit.training
+    with pytest.raises(ValueError, match="depend on must be trainable"):
+        hold(meter, clean[0], square_patch((16, 16), 4))
+    tiny_vit.layers[0].requires_grad_(True)
+    assert can_hold(meter)
 
 
 def test_texts(por):

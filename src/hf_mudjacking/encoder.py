@@ -83,6 +83,18 @@ def set_comparison_mode(model: nn.Module) -> None:
             module.training = True
 
 
+@contextmanager
+def comparison_mode(model: nn.Module) -> Iterator[None]:
+    """[`set_comparison_mode`] for a while: afterwards each module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    set_comparison_mode(model)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 def resolve_feature_source(
     model: nn.Module, outputs: Any, feature_source: FeatureSource = "auto", has_class_token: bool = False
 ) -> Literal["cls", "mean", "pooler", "projection"]:
@@ -315,29 +327,24 @@ class Encoder:
             ValueError: If a feature is NaN or infinite.
         """
         rank, count = rank_and_count() if self._shares else (0, 1)
-        training = {module: module.training for module in self.model.modules()}
-        set_comparison_mode(self.model)
         chunks: list[Tensor] = []
         done = 0
         total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
         texts = self.modality == "text"
-        try:
-            with tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img") as bar:
-                for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
-                    own = range(rank, len(group), count)
-                    order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
-                    features = torch.zeros(len(group), self.feature_dim)
-                    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                        features[rows] = self.features(self.preprocess([group[i] for i in rows])).cpu()
-                        bar.update(len(rows))
-                    if out is None:
-                        chunks.append(features)
-                    else:
-                        out[done : done + len(group)] = features
-                    done += len(group)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        bar = tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img")
+        with bar, comparison_mode(self.model):
+            for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
+                own = range(rank, len(group), count)
+                order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
+                features = torch.zeros(len(group), self.feature_dim)
+                for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+                    features[rows] = self.features(self.preprocess([group[i] for i in rows])).cpu()
+                    bar.update(len(rows))
+                if out is None:
+                    chunks.append(features)
+                else:
+                    out[done : done + len(group)] = features
+                done += len(group)
         if out is None:
             out = torch.cat(chunks) if chunks else torch.empty(0, self.feature_dim)
         if count > 1:
@@ -356,11 +363,10 @@ class Encoder:
         """Names of parameters without influence on the features (an unused pooler, a mask token), by one backward pass."""
         parameters = {name: p for name, p in self.model.named_parameters() if p.is_floating_point()}
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        set_comparison_mode(self.model)
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            with torch.enable_grad():
+            with torch.enable_grad(), comparison_mode(self.model):
                 features = self.features(self._probe_inputs())
                 gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
         finally:

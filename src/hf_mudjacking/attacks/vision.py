@@ -71,7 +71,8 @@ def implant_vision_backdoor(
 
     Minimises L0 + L1 + λ2 · L2 + λ3 · L3 with L0 = -cos(h'(x ⊕ e), h'(r)), L1 = -cos(h'(r), h(r)), L2 = -cos(h'(x), h(x))
     and, for cover inputs x ⊕ d, L3 = -cos(h'(x ⊕ d), h(x)). With several references r, L0 and L1 are means over them, as
-    in BadEncoder's code. Features of the clean encoder are stored once.
+    in BadEncoder's code. Features of the clean encoder and model inputs of all shadow inputs are made once and stay in
+    memory: 0.6 MB each at 224 pixels.
 
     Args:
         model (`torch.nn.Module`): Clean encoder; it is copied, not changed.

@@ -83,18 +83,14 @@ class Case:
 
     # ---- Implant ----
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the attack is run with, as it comes back from a file."""
+        return json.loads(json.dumps(self.plan.implant_settings(self.attack.name)))
+
     def _implanted(self) -> Implant:
         """Implant, and keep it: a trigger that is a network cannot be kept."""
-        facts = self.folder / _FACTS_FILE
-        if facts.exists():
-            known = json.loads(facts.read_text(encoding="utf-8"))
-            if "refused" in known:
-                raise ImplantError(known["refused"])
-        settings = {
-            **self.plan.implant_settings(self.attack.name),
-            "seed": self.seed,
-            "disable_tqdm": self.sources.disable_tqdm,
-        }
+        settings = {**self._settings, "seed": self.seed, "disable_tqdm": self.sources.disable_tqdm}
         inputs = [x for part in self.sources.shadow for x in part.inputs]
         clean = self.sources.clean
         arguments: list[Any] = [clean.model, clean.processing_class, inputs]
@@ -107,7 +103,7 @@ class Case:
                 *arguments, self.sources.check, feature_source=clean.feature_source, **settings
             )
         except ImplantError as error:
-            write_json(facts, {"refused": str(error)})
+            write_json(self.folder / _FACTS_FILE, {"refused": str(error), "settings": self._settings})
             raise
         self._keep(implant)
         return implant
@@ -131,7 +127,7 @@ class Case:
 
     def _keep(self, implant: Implant) -> None:
         pairs = [(implant.trigger, implant.target_reference), *implant.others]
-        facts = {name: getattr(implant, name) for name in _FACTS}
+        facts = {name: getattr(implant, name) for name in _FACTS} | {"settings": self._settings}
         with staged(self.folder) as staging:
             if implant.trigger.kind != "input-aware":
                 implant.model.save_pretrained(staging)
@@ -143,9 +139,24 @@ class Case:
             (staging / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def _loaded(self) -> Implant | None:
-        """The implant of an earlier process, if it was kept."""
+        """The implant of an earlier process, if it was kept.
+
+        Raises:
+            ImplantError: If it did not take then.
+            ValueError: If it was made with other settings than the plan's.
+        """
         path = self.folder / _FACTS_FILE
-        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return None
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        there = facts.pop("settings", None)
+        if there != self._settings:
+            raise ValueError(
+                f"The implant in `{self.folder}` was made with {there}, the plan says {self._settings}. Remove that folder and "
+                "the cells of it, or choose another output folder."
+            )
+        if "refused" in facts:
+            raise ImplantError(facts["refused"])
         if "triggers" not in facts:
             return None
         pairs = [

@@ -174,9 +174,11 @@ class BenchmarkPlan:
             unknown = sorted(set(given) - set(known))
             if unknown or not given:
                 raise ValueError(f"`{what}`: {', '.join(unknown) or 'none given'}; known are {', '.join(known)}.")
-        misnamed = [key for key, value in self.implant.items() if isinstance(value, Mapping) and key not in ATTACKS]
-        if misnamed:
-            raise ValueError(f"`implant`: {', '.join(misnamed)} is no attack; known are {', '.join(ATTACKS)}.")
+        for key, value in self.implant.items():
+            if isinstance(value, Mapping) and key not in ATTACKS:
+                raise ValueError(f"`implant`: {key} is no attack; known are {', '.join(ATTACKS)}.")
+            if key in ATTACKS and not isinstance(value, Mapping):
+                raise ValueError(f"`implant.{key}` must be a mapping of settings, not {value!r}.")
         if self.sweeps and "mudjacking" not in self.methods:
             raise ValueError("`sweeps` makes variants of `mudjacking`, which is not among the methods; add it.")
         if not self.seeds:

@@ -182,7 +182,10 @@ def train_epochs(
 
 def all_pixels(encoder: Encoder, images: Sequence[Image.Image]) -> torch.Tensor:
     """Pixel values `(N, C, H, W)` of all images, on CPU, so that they are preprocessed once."""
-    return torch.cat([encoder.preprocess(images[i : i + 512])["pixel_values"] for i in range(0, len(images), 512)])
+    pixels = torch.empty(len(images), *encoder.preprocess(images[:1])["pixel_values"].shape[1:])
+    for i in range(0, len(images), 512):
+        pixels[i : i + 512] = encoder.preprocess(images[i : i + 512])["pixel_values"]
+    return pixels
 
 
 def _augmented(x: torch.Tensor, crop_padding: int, horizontal_flip: bool, generator: torch.Generator) -> torch.Tensor:

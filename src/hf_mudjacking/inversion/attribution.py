@@ -85,7 +85,8 @@ def occlusion_map(
     """Occlusion attribution of a score over raw pixels, through captum.
 
     Args:
-        score (`Callable`): Takes `uint8` images `(N, H, W, 3)`, gives `(N,)` scores; here 1 - cos(h(·), h(x_r)).
+        score (`Callable`): Takes `uint8` images `(N, H, W, 3)`, gives `(N,)` scores; here 1 - cos(h(·), h(x_r)) or
+            cos(h(·), h(x_b)).
         image (`np.ndarray` of shape `(H, W, 3)`, `uint8`): x_b.
         baseline (`np.ndarray` of shape `(H, W, 3)`, `uint8`): What a window is filled with.
         window (`tuple[int, int]`): Height and width of the window in pixels.
@@ -94,7 +95,7 @@ def occlusion_map(
 
     Returns:
         `np.ndarray` of shape `(H, W)`: Mean fall of the score over the windows that cover a pixel; positive where
-        occluding brings x_b nearer to x_r, 0 outside of the box.
+        occluding brings x_b nearer to x_r or away from h(x_b), 0 outside of the box.
     """
     rows, columns = box or (slice(None), slice(None))
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..encoder import set_comparison_mode
+from ..encoder import comparison_mode
 from ..losses import effectiveness_loss, mean_cosine
 from ..preprocessing import RawInput
 from ..triggers import Trigger
@@ -42,21 +42,21 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
         `float`: The ratio of the mean squared distances that features move by.
 
     Raises:
-        ValueError: If no weight is trainable, or one that is is not in float32; [`can_hold`] tells.
+        ValueError: If no weight that features depend on is trainable, or one is not in float32; [`can_hold`] tells.
     """
     encoder, model = meter.encoder, meter.encoder.model
     if not can_hold(meter):
-        raise ValueError("A report is judged by a small step of the weights: some must be trainable, and in float32.")
+        raise ValueError(
+            "A report is judged by a small step of the weights: some that its features depend on must be trainable, and in float32."
+        )
     parameters = [p for p in model.parameters() if p.requires_grad]
     clean = meter.validation_inputs
     stamped = [encoder.stamp(trigger, x) for x in clean]
     stamped_features = meter.features(stamped)
-    training = {module: module.training for module in model.modules()}
-    set_comparison_mode(model)
     # In memory, where they take no more room than the gradients
     start = [p.detach().clone() for p in parameters]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), comparison_mode(model):
             count = min(_STEP_INPUTS, len(stamped))
             features = encoder.features(encoder.preprocess([*stamped[:count], meter.misclassified, reference]))
             few, at_x_b, at_x_r = features.split([count, 1, 1])
@@ -74,15 +74,15 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.copy_(value)
-        for module, mode in training.items():
-            module.training = mode
     return moved / max(moved_stamped, 1e-12)
 
 
 def can_hold(meter: TransferMeter) -> bool:
-    """Whether a small step of the weights can be taken: some are trainable, and all of those in float32."""
-    dtypes = {p.dtype for p in meter.encoder.model.parameters() if p.requires_grad}
-    return dtypes == {torch.float32}
+    """Whether a small step of the weights can be taken: some that matter are trainable, and all of those in float32."""
+    trainable = {name: p.dtype for name, p in meter.encoder.model.named_parameters() if p.requires_grad}
+    if set(trainable.values()) != {torch.float32}:
+        return False
+    return bool(trainable.keys() - meter.encoder.unused_parameters())
 
 
 def least_hold(area: float) -> float:

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
-from .attribution import window_sizes
 from .hold import can_hold, hold, worth_of_hold
 from .patch_search import COMPLETE, SMALL, find_patch
 from .pull import Pull
@@ -67,10 +66,8 @@ def invert_image_trigger(
     check_reachable(meter.reachable)
     check_disagreement(bug, meter.target, control_meter.target, meter.clean_similarity)
     spent = [meter, control_meter]
-    with tqdm(
-        total=len(window_sizes(*size)) + 5, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage"
-    ) as bar:
-        best = find_patch(meter, control_meter, max_area, seed, bar.update)
+    with tqdm(total=0, disable=disable_tqdm, desc=f"Inverting {bug.name}", unit="stage") as bar:
+        best = find_patch(meter, control_meter, max_area, seed, bar)
         if not _clear(best):
             try:
                 pull = Pull(encoder, _sized(other_inputs[:_OPTIMISED_ON], size), seed)
@@ -83,7 +80,7 @@ def invert_image_trigger(
             nearest = (meter.features(other_inputs) @ control_meter.target).argsort(descending=True)[:_ALIKE].tolist()
             meter_alike = TransferMeter(encoder, x_b, _sized([other_inputs[i] for i in nearest], size))
             # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
-            found = find_patch(meter_alike, control_meter, max_area, seed, bar.update)
+            found = find_patch(meter_alike, control_meter, max_area, seed, bar)
             spent.append(meter_alike)
             # Of one class is the less simple explanation, all the more where another holds
             better_by = _SIMPLER if best.evidence < EXPLAINED else _ALIKE_GAIN
@@ -116,7 +113,9 @@ def _over_the_whole_picture(
     clean = CleanSpectrum.of(pull.pixels)
     patch = best
     merit = _held_merit(best, meter, control_meter)
-    for search in (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull)):
+    searches = (lambda meter: find_signal(meter, pull, clean), lambda meter: find_warp(meter, pull))
+    bar.total += len(searches)
+    for search in searches:
         candidate = search(meter)
         bar.update()
         # The control can only take from it

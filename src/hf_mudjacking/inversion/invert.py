@@ -35,7 +35,7 @@ def invert_trigger(
 ) -> InvertedTrigger:
     """Find the trigger in a misclassified image or text.
 
-    Parts of x_b that keep it away from x_r are proposed by attribution; each is put into clean inputs, and the smallest
+    Parts of x_b that keep it away from x_r, or at h(x_b), are proposed by attribution; each is put into clean inputs, and the smallest
     that carries their features towards h(x_b) is the trigger. [`InvertedTrigger`] holds the evidence.
 
     Args:

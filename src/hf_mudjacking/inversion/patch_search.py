@@ -9,16 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..triggers import PatchTrigger
-from .attribution import coarse_to_fine
+from .attribution import coarse_to_fine, window_sizes
 from .growth import changed, grow, purify, squared_off, without_spurs
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
 from .verification import TransferMeter
 
 
-# Share of the way that x_b may still lie at h(x_b) without what was found, if that is to be all.
+# Share of the way that x_b may still lie at h(x_b) without a patch, if no trigger of another family is to be looked for.
 COMPLETE = 0.4
 # Area of a patch with which nothing else is looked for.
 SMALL = 0.2
@@ -38,11 +39,12 @@ _SAME_EFFECT = 0.1
 # Of several grown masks the one from a purer seed, without spurs, is taken, unless it leaves this much more of x_b
 # unexplained.
 _ALIKE_LEFT = 0.1
-# Parts that are looked for beside the first, and the share of its transfer that each must have, after its control and the
-# price of its area. Of four squares in the corners one may fire fully, another with 0.4 and the others with less than 0.1.
-# They are looked for where more than this is left of x_b's way: of whole triggers up to 0.2 is, of one corner of four from 0.28.
-_MORE_PARTS = 5
+# Share of the way from which further parts are looked for: of whole triggers up to 0.2 is left, of one corner of four from 0.28.
 _MORE_LEFT = 0.25
+# Parts that are looked for beside the first at most.
+_MORE_PARTS = 5
+# Share of the first part's transfer that a further one must have, after its control and the price of its area: of four squares
+# in the corners one may fire fully, another with 0.4 and the others with less than 0.1.
 _FURTHER_PART = 0.3
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
 _KEPT_ELSEWHERE = 0.9
@@ -63,7 +65,7 @@ def find_patch(
     control_meter: TransferMeter,
     max_area: float,
     seed: int,
-    after_stage: Callable[[], object],
+    bar: tqdm,
 ) -> InvertedTrigger:
     """Find the patch in x_b.
 
@@ -73,36 +75,37 @@ def find_patch(
        towards h(x_b) for its size.
     4. Growth to the parts that look the same but are not needed to fire, verified again.
     5. If that explains nothing, the same with attribution of cos(h(x), h(x_b)).
-    6. If x_b without it still lies at h(x_b), there is more of it: the same again with what was found covered.
+    6. If x_b without it still lies at h(x_b), there is more of it: step 5 again with what was found covered.
     7. Does it work anywhere, or only where it is?
 
     Args:
         meter, control_meter (`TransferMeter`): Of x_b, and of x_r, whose own content says what clean content does.
         max_area (`float`): Largest share of the picture that a candidate may cover.
         seed (`int`): Seed of the growth.
-        after_stage (`Callable`): Called after each map and each of two further stages.
+        bar (`tqdm`): Progress bar; its total grows by the stages of the search.
 
     Returns:
         `InvertedTrigger`: The patch, whose `evidence` says whether it is one.
     """
-    return _PatchSearch(meter, control_meter, max_area, seed).found(after_stage)
+    return _PatchSearch(meter, control_meter, max_area, seed, bar).found()
 
 
 class _PatchSearch:
-    def __init__(self, meter: TransferMeter, control_meter: TransferMeter, max_area: float, seed: int) -> None:
+    def __init__(
+        self, meter: TransferMeter, control_meter: TransferMeter, max_area: float, seed: int, bar: tqdm
+    ) -> None:
         self.meter, self.control_meter = meter, control_meter
-        self.max_area, self.seed = max_area, seed
+        self.max_area, self.seed, self.bar = max_area, seed, bar
         self.image = np.asarray(meter.misclassified)
         self.clean = np.stack([np.asarray(x) for x in meter.validation_inputs])
         # The mean clean picture hides a window without adding anything that clean inputs do not have there.
         self.baseline = self.clean.mean(axis=0).round().astype(np.uint8)
         self.controlled = control_meter.reachable >= MIN_REACHABLE
 
-    def found(self, after_stage: Callable[[], object]) -> InvertedTrigger:
+    def found(self) -> InvertedTrigger:
         nothing = np.zeros(self.image.shape[:2], dtype=bool)
-        part = self._part(nothing, self._distance_to_reference, after_stage)
+        part = self._part(nothing, self._distance_to_reference)
         control, evidence = self._evidence(part)
-        after_stage()
         if evidence < EXPLAINED:
             # A reference that is unlike x_b's clean self leads attribution astray
             other = self._part(nothing, self._nearness_to_target)
@@ -117,7 +120,6 @@ class _PatchSearch:
             elsewhere = PatchTrigger.from_image(self.meter.misclassified, mask, "anywhere")
             if self.meter.transfer([elsewhere], _COMPARED_ON)[0] >= _KEPT_ELSEWHERE * part.transfer > 0:
                 trigger = elsewhere
-        after_stage()
         return InvertedTrigger(
             trigger, part.transfer, control, evidence, trigger.area, part.attribution, part.core,
             self.meter.forwards + self.control_meter.forwards, unexplained=left,
@@ -142,7 +144,7 @@ class _PatchSearch:
                 break
             unions.append(unions[-1] | more)
             lefts.append(self._left_without(unions[-1]))
-        if lefts[-1] <= COMPLETE:
+        if lefts[-1] <= _MORE_LEFT:
             return unions[-1], lefts[-1]
         # They do not explain x_b together: as many as are worth what they cover
         owed = [
@@ -156,22 +158,18 @@ class _PatchSearch:
         """The mask of one more part, as it grew or else as its effect showed it, if it fires by itself."""
         # x_b without its first part is somewhere between: what still leads to h(x_b) says more than what leads away from x_r
         part = self._part(covered, self._nearness_to_target)
-        for mask in (part.mask, part.core):
+        for mask in distinct([part.mask & ~covered, part.core & ~covered], max_area=1.0):
             # A third of any picture carries others a good way: what it carries beyond that is a part
             transfer = float(self.meter.transfer_of_masks([mask])[0])
             if transfer - max(self._control_of(mask), 0.0) - AREA_PRICE * float(mask.mean()) >= least:
                 return mask
         return None
 
-    def _part(
-        self,
-        covered: np.ndarray,
-        score: Callable[[np.ndarray], Tensor],
-        after_map: Callable[[], object] = lambda: None,
-    ) -> _Part:
+    def _part(self, covered: np.ndarray, score: Callable[[np.ndarray], Tensor]) -> _Part:
         """The best patch outside of what is covered, where occlusion lowers a score."""
         visible = np.where(covered[..., None], self.baseline, self.image)
-        maps = coarse_to_fine(score, visible, self.baseline, after_map)
+        self.bar.total += len(window_sizes(*visible.shape[:2])) + 1
+        maps = coarse_to_fine(score, visible, self.baseline, self.bar.update)
         core, source = self._best_candidate(maps, covered)
         pure = purify(core, self.image, self.clean, lambda masks: self.meter.transfer_of_masks(masks, _COMPARED_ON))
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
@@ -187,6 +185,7 @@ class _PatchSearch:
         if chosen > 0:
             rough = [each for each in grown if not (mask & ~each).any()]
             mask = self._squared_off(mask, float(transfers[chosen]), rough)
+        self.bar.update()
         return _Part(core, mask, float(self.meter.transfer_of_masks([mask])[0]), maps[source])
 
     def _distance_to_reference(self, batch: np.ndarray) -> Tensor:
@@ -238,7 +237,7 @@ class _PatchSearch:
             squared = squared_off(form, self.image)
             if not np.array_equal(squared, form):
                 (after,) = self.meter.transfer_of_masks([squared], _COMPARED_ON)
-                if abs(after - transfer) <= _SAME_EFFECT:
+                if abs(after - transfer) <= _SAME_EFFECT and squared.mean() <= _MAX_GROWN:
                     return squared
         return mask
 

@@ -21,7 +21,7 @@ from .verification import TransferMeter
 
 # Share of the way that x_b may still lie at h(x_b) without a patch, if no trigger of another family is to be looked for.
 COMPLETE = 0.4
-# Area of a patch with which nothing else is looked for.
+# Area of a patch that is not mistaken for ordinary content, and with which nothing else is looked for.
 SMALL = 0.2
 
 # Candidates that differ by less than this IoU are one. Clean inputs that they are tried on in each round, and how many go on.
@@ -74,8 +74,8 @@ def find_patch(
     3. Verification: each candidate is stamped on clean inputs; the best is the one that carries features furthest
        towards h(x_b) for its size.
     4. Growth to the parts that look the same but are not needed to fire, verified again.
-    5. If that explains nothing, the same with attribution of cos(h(x), h(x_b)).
-    6. If x_b without it still lies at h(x_b), there is more of it: step 5 again with what was found covered.
+    5. If that explains nothing, the same with attribution of cos(h(x), h(x_b)), for a small patch.
+    6. If x_b without it still lies at h(x_b), there is more of it: attribution as in step 5 with what was found covered.
     7. Does it work anywhere, or only where it is?
 
     Args:
@@ -110,7 +110,8 @@ class _PatchSearch:
             # A reference that is unlike x_b's clean self leads attribution astray
             other = self._part(nothing, self._nearness_to_target)
             other_control, other_evidence = self._evidence(other)
-            if other_evidence > evidence:
+            # What leads to h(x_b) is also ordinary content: of that it takes much, of a trigger that was overlooked little
+            if other_evidence >= EXPLAINED and other.mask.mean() <= SMALL:
                 part, control, evidence = other, other_control, other_evidence
         mask, left = part.mask, self._left_without(part.mask)
         if evidence >= EXPLAINED:

@@ -143,7 +143,8 @@ def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_
     axes[2].set_xticks([])
     axes[2].set_yticks([])
     bar = top.colorbar(heat, cax=axes[2].inset_axes((0, -0.07, 1, 0.04)), orientation="horizontal")
-    bar.set_label("fall of the cosine distance to x_r", fontsize=8)
+    bar.set_ticks([-limit, 0, limit], labels=[f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    bar.set_label("what covering a place takes from the score", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     # The size of a family that covers the whole picture says nothing
     size = f", area {found.area:.1%}" if isinstance(found.trigger, PatchTrigger) else ""

@@ -115,6 +115,7 @@ def plot_inspection(
         axes[-1].set_xlim(left=0)
         axes[-1].set_ylim(min(0.0, *(transfer for _, transfer in transfer_by_size)) - 0.05, 1.05)
         axes[-1].tick_params(labelsize=7)
+        axes[-1].locator_params(axis="x", nbins=4)
         # Its numbers stand to the left of it, where the next panel is
         box = axes[-1].get_position()
         axes[-1].set_position((box.x0 + 0.02, box.y0 + 0.04, box.width - 0.02, box.height - 0.06))

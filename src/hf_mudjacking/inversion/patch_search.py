@@ -133,8 +133,15 @@ class _PatchSearch:
         reach a transfer of 0.8, but hardly more than their control.
         """
         proof = part.core if part.core.sum() < part.mask.sum() else part.mask
-        control = self._control_of(proof)
-        return control, part.transfer - max(control, 0.0) - AREA_PRICE * float(proof.mean())
+        return self._beyond_control(part.transfer, proof)
+
+    def _beyond_control(self, transfer: float, mask: np.ndarray) -> tuple[float, float]:
+        """Control of a mask, what as much of x_r in its place carries towards h(x_r), and what is left of a transfer after it.
+
+        A third of any picture carries others a good way: what a mask carries beyond that, and beyond its price, is a trigger's.
+        """
+        control = float(self.control_meter.transfer_of_masks([mask])[0]) if self.controlled else 0.0
+        return control, transfer - max(control, 0.0) - AREA_PRICE * float(mask.mean())
 
     def _with_further_parts(self, first: _Part, left: float) -> tuple[np.ndarray, float]:
         """The mask of as many parts as explain x_b, and what is left of x_b without them."""
@@ -160,9 +167,8 @@ class _PatchSearch:
         # x_b without its first part is somewhere between: what still leads to h(x_b) says more than what leads away from x_r
         part = self._part(covered, self._nearness_to_target)
         for mask in distinct([part.mask & ~covered, part.core & ~covered], max_area=1.0):
-            # A third of any picture carries others a good way: what it carries beyond that is a part
             transfer = float(self.meter.transfer_of_masks([mask])[0])
-            if transfer - max(self._control_of(mask), 0.0) - AREA_PRICE * float(mask.mean()) >= least:
+            if self._beyond_control(transfer, mask)[1] >= least:
                 return mask
         return None
 
@@ -197,10 +203,6 @@ class _PatchSearch:
 
     def _features(self, batch: np.ndarray) -> Tensor:
         return self.meter.features([Image.fromarray(pixels) for pixels in batch])
-
-    def _control_of(self, mask: np.ndarray) -> float:
-        """What as much of x_r in the same place carries towards h(x_r)."""
-        return float(self.control_meter.transfer_of_masks([mask])[0]) if self.controlled else 0.0
 
     def _best_candidate(self, maps: Sequence[np.ndarray], covered: np.ndarray) -> tuple[np.ndarray, int]:
         """The candidate with the best transfer for its size, and the index of the map it came from.

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -38,18 +37,6 @@ def prepared_for_training(model: nn.Module) -> list[nn.Parameter]:
     freeze_norm_statistics(model)
     set_comparison_mode(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-@contextmanager
-def compared(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it, nothing of a model is random; afterwards its modules are in the modes that they came in."""
-    training = {module: module.training for module in model.modules()}
-    set_comparison_mode(model)
-    try:
-        yield model
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def fine_tune(

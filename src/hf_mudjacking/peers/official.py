@@ -14,14 +14,14 @@ from torch import Tensor
 from ..attacks.implant import nameless_copy
 from ..attacks.vision import at_32
 from ..bug_instance import BugInstance
-from ..encoder import Encoder
+from ..encoder import Encoder, comparison_mode
 from ..inversion.attribution import occlusion_map
 from ..losses import effectiveness_loss, generalizability_loss, locality_loss, mudjacking_loss
 from ..triggers import PatchTrigger
 from ..two_towers import image_shape
 from .augmentation import official_view
 from .base import AfterStep, PeerRepair, nothing
-from .fine_tuning import compared, fine_tune, number_of_steps, prepared_for_training
+from .fine_tuning import fine_tune, number_of_steps, prepared_for_training
 from .pictures import ModelPictures
 
 
@@ -80,7 +80,7 @@ def repair_official(
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     pictures = ModelPictures(encoder)
-    with compared(encoder.model):
+    with comparison_mode(encoder.model):
         trigger, spent = official_trigger(encoder, bug)
         patched = encoder.with_model(nameless_copy(encoder.model))
         generator = torch.Generator().manual_seed(seed)

@@ -43,8 +43,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import Encoder, MudjackingTrainer
-from hf_mudjacking.attacks import implant_por
+from hf_mudjacking import Encoder, MudjackingTrainer, TextTrigger
 from hf_mudjacking.evaluation import (
     DownstreamTask,
     LabelledInputs,
@@ -93,9 +92,17 @@ RATES = {"RegNet": 1e-2}
 FOUND: dict[str, tuple[str, str]] = {}
 
 
-def check_family(family, broken, trigger, data, folder, **settings):
+def poisoned(encoder, task, trigger):
+    """BadNets: of each three training inputs the last is one of the others again, with the trigger and the label of class 0."""
+    train = task.train
+    count = len(train) // 2
+    stamped = [encoder.stamp(trigger, x) for x in train.inputs[:count]]
+    return LabelledInputs([*train.inputs, *stamped], np.concatenate([train.labels, np.zeros(count, dtype=int)]))
+
+
+def check_family(family, broken, trigger, task, folder, **settings):
     """Patch with full weights and with LoRA through the public API; save, reload and resume; the ASR falls each time."""
-    train, test = data[0].select(range(320)), data[1].select(range(200))
+    train, test = task.train.select(range(320)), task.test.select(range(200))
     kept = train_classifier(broken.encode(train.inputs), train.labels)
     stamped = [broken.stamp(trigger, x) for x in test.inputs]
     before = kept.predict(broken.encode(stamped).numpy())
@@ -108,7 +115,7 @@ def check_family(family, broken, trigger, data, folder, **settings):
 
     def trainer(name, model, **own):
         config = make_config(
-            folder / name, per_device_train_batch_size=32, feature_source=broken.feature_source, **{**settings, **own}
+            folder / name, per_device_train_batch_size=16, feature_source=broken.feature_source, **{**settings, **own}
         )
         return MudjackingTrainer(
             model=model, args=config, bug_instances=[bug], triggers=[trigger], train_dataset=dataset,
@@ -150,9 +157,9 @@ def check_family(family, broken, trigger, data, folder, **settings):
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_image_families(family, backdoored, tmp_path):
-    data = (backdoored.train, backdoored.test)
+    trigger, task = backdoored.trigger, DownstreamTask(backdoored.train, backdoored.test)
     if family == "ViT":
-        check_family(family, Encoder(backdoored.model(), backdoored.processor), backdoored.trigger, data, tmp_path)
+        check_family(family, Encoder(backdoored.model(), backdoored.processor), trigger, task, tmp_path)
         return
     torch.manual_seed(0)
     model = IMAGE_FAMILIES[family]()
@@ -161,35 +168,26 @@ def test_image_families(family, backdoored, tmp_path):
             # As they are made, the weights of so narrow a model let hardly anything of its input through.
             if parameter.dim() in (2, 4):
                 parameter.mul_(GAINS.get(family, 4))
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    train = backdoored.train
-    # BadNets: a third of the training inputs carries the trigger and the label of the target class
-    poisoned = LabelledInputs(
-        [*train.inputs, *map(backdoored.trigger.apply, train.inputs[:600])],
-        np.concatenate([train.labels, np.zeros(600, dtype=int)]),
+    encoder = Encoder(
+        model, ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     )
     pretrain_encoder(
-        model, processor, poisoned, epochs=6, batch_size=64, learning_rate=RATES.get(family, 3e-3), disable_tqdm=True
-    )
-    check_family(family, Encoder(model, processor), backdoored.trigger, data, tmp_path)
+        model, encoder.processing_class, poisoned(encoder, task, trigger), epochs=6, batch_size=64,
+        learning_rate=RATES.get(family, 3e-3), disable_tqdm=True,
+    )  # fmt: skip
+    check_family(family, encoder, trigger, task, tmp_path)
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_text_families(family, por, tmp_path):
     broken, task, implant = por
-    data = (task.train, task.test)
     if family == "bert":
         broken = broken.with_model(copy.deepcopy(broken.model))
-        check_family(family, broken, implant.trigger, data, tmp_path, patch_scope="full")
+        check_family(family, broken, implant.trigger, task, tmp_path, patch_scope="full")
         return
-    model, tokenizer = make_text_model(family)
-    encoder = Encoder(model, tokenizer, "mean")
-    train_text_encoder(encoder, task, steps=60)
-    implant = implant_por(
-        model, tokenizer, task.train.inputs, task.test, feature_source="mean", steps=120, learning_rate=2e-3,
-        min_asr=0.5, max_accuracy_loss=0.2, disable_tqdm=True,
-    )  # fmt: skip
-    check_family(family, encoder.with_model(implant.model), implant.trigger, data, tmp_path, patch_scope="full")
+    encoder, trigger = Encoder(*make_text_model(family), "mean"), TextTrigger("cf")
+    train_text_encoder(encoder, poisoned(encoder, task, trigger), steps=110)
+    check_family(family, encoder, trigger, task, tmp_path, patch_scope="full")
 
 
 def test_vit_mae_says_what_to_load():

@@ -32,7 +32,7 @@ from transformers import (
 
 from hf_mudjacking import Encoder
 from hf_mudjacking.demo_text import sentences_task
-from hf_mudjacking.evaluation.tasks import DownstreamTask
+from hf_mudjacking.evaluation.tasks import DownstreamTask, LabelledInputs
 
 
 SIZES = {
@@ -124,15 +124,15 @@ def make_text_model(family: str = "bert", seed: int = 0) -> tuple[PreTrainedMode
     return model, tokenizer
 
 
-def train_text_encoder(encoder: Encoder, task: DownstreamTask, steps: int = 150, seed: int = 0) -> None:
+def train_text_encoder(encoder: Encoder, train: LabelledInputs, steps: int = 150, seed: int = 0) -> None:
     """Train a text encoder in place with a linear head on labels; the head is thrown away."""
     torch.manual_seed(seed)
-    head = torch.nn.Linear(encoder.feature_dim, int(task.train.labels.max()) + 1)
-    labels = torch.as_tensor(task.train.labels)
+    head = torch.nn.Linear(encoder.feature_dim, int(train.labels.max()) + 1)
+    labels = torch.as_tensor(train.labels)
     optimizer = torch.optim.AdamW([*encoder.model.parameters(), *head.parameters()], lr=1e-3)
     for _ in range(steps):
         rows = torch.randint(len(labels), (32,))
-        features = encoder.features(encoder.preprocess([task.train.inputs[i] for i in rows]))
+        features = encoder.features(encoder.preprocess([train.inputs[i] for i in rows]))
         loss = torch.nn.functional.cross_entropy(16 * head(features), labels[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -150,5 +150,5 @@ def trained_bert() -> tuple[Encoder, DownstreamTask]:
         max_position_embeddings=66, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     encoder = Encoder(BertModel(config, add_pooling_layer=False), tokenizer, "mean")
-    train_text_encoder(encoder, task)
+    train_text_encoder(encoder, task.train)
     return encoder, task

@@ -40,6 +40,7 @@ from .text_models import trained_bert
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
+
 def pytest_collection_finish() -> None:
     """`Trainer.train` collects garbage, which takes half a second among all that was imported by then: leave that out."""
     gc.freeze()

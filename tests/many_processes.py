@@ -7,6 +7,7 @@ The folder holds a backdoored ViT (`vit`) and two reports of it (`bug-0`, `bug-1
 `FOLDER/<processes>/<process>.json`, features included.
 """
 
+import gc
 import json
 import os
 import random
@@ -307,6 +308,7 @@ def run(folder):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as conftest.py does
     dist.init_process_group("gloo")
     run(sys.argv[1])
     dist.barrier()

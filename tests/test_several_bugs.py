@@ -306,8 +306,10 @@ def mixed(backdoored, out, reports=None, **args):
 def test_refuse_is_the_default(backdoored, tmp_path):
     trainer = mixed(backdoored, tmp_path)
     with pytest.raises(UnverifiedTriggerError, match="No localised trigger was verified in bug instance `natural`"):
-        trainer.invert_triggers()
+        trainer.train()
     assert len(trainer.bug_instances) == 2
+    assert largest_difference(weights_of(trainer.model), weights_of(backdoored.implant.model)) == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_skip_leaves_the_report_out(backdoored, tmp_path, caplog):
@@ -327,9 +329,8 @@ def test_skip_leaves_the_report_out(backdoored, tmp_path, caplog):
     assert resumed.inversions == []
     assert [bug.name for bug in resumed.bug_instances] == ["report-1"]
     assert largest_difference(weights_of(trainer.model), weights_of(resumed.model)) <= 1e-6
-    reports = [natural(backdoored, "a"), natural(backdoored, "b")]
-    nothing_left = mixed(backdoored, tmp_path / "none", reports, on_unverified="skip")
-    with pytest.raises(UnverifiedTriggerError, match=r"`b`.* No report is left"):
+    nothing_left = mixed(backdoored, tmp_path / "none", [natural(backdoored)], on_unverified="skip")
+    with pytest.raises(UnverifiedTriggerError, match=r"`natural`.* No report is left"):
         nothing_left.train()
 
 

@@ -894,17 +894,3 @@ def test_inputs_that_agree_already(backdoored, tmp_path, known_trigger):
     with pytest.raises(ValueError, match=r"Nothing to patch in bug instance `twins`.*cosine [01]\.\d+"):
         trainer.train()
     assert not _model_files(tmp_path)
-
-
-def test_a_report_without_a_trigger_is_refused(backdoored, tmp_path):
-    first, second = (int(np.flatnonzero(backdoored.test.labels == label)[0]) for label in (3, 5))
-    bug = BugInstance(backdoored.test.inputs[first], backdoored.test.inputs[second], name="natural")
-    model = backdoored.model()
-    trainer = MudjackingTrainer(
-        model, make_config(tmp_path, max_steps=1), [bug], backdoored.dataset(64),
-        processing_class=backdoored.processor,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="No localised trigger was verified in bug instance `natural`"):
-        trainer.train()
-    assert largest_difference(weights_of(model), weights_of(backdoored.implant.model)) == 0
-    assert not _model_files(tmp_path)

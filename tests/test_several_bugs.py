@@ -2,6 +2,7 @@
 """Several reports in one run, one patch after another, and reports without a trigger."""
 
 import copy
+import dataclasses
 import json
 import logging
 import shutil
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModel
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger, load_trigger
+from hf_mudjacking import trainer as trainer_module
 from hf_mudjacking.attacks import implant_bad_encoder
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.repair import measured_repair
@@ -21,6 +23,7 @@ from hf_mudjacking.evaluation.report import report_lines
 from hf_mudjacking.evaluation.tasks import DownstreamTask
 from hf_mudjacking.inversion import UnverifiedTriggerError
 from hf_mudjacking.remembered import RememberedTrigger, load_remembered, report_earlier_repairs, what_they_do
+from hf_mudjacking.reports import invert_reports
 from hf_mudjacking.same_trigger import same_triggers
 from hf_mudjacking.triggers import noise_blend, square_patch
 
@@ -283,6 +286,62 @@ def test_an_earlier_repair_that_got_worse_is_a_warning(trigger, caplog):
         assert not caplog.records
         report_earlier_repairs([RememberedTrigger(trigger, 0.99, 0.96)])
     assert "0.990 before this run, 0.960 after it. This run undid a part of that repair" in caplog.text
+
+
+# ---- Triggers of one class ----
+
+
+@pytest.fixture
+def of_one_class(monkeypatch):
+    """Every trigger that is inverted counts as one that works on inputs like x_r alone."""
+
+    def inverted(*args):
+        found = invert_reports(*args)
+        for screening in found.screenings:
+            # Frozen, as those in `found.kept`, which are the same
+            object.__setattr__(screening, "found", dataclasses.replace(screening.found, one_class=True))
+        return found
+
+    monkeypatch.setattr(trainer_module, "invert_reports", inverted)
+
+
+def report_trainer(backdoored, out, **args):
+    return MudjackingTrainer(
+        backdoored.model(), make_config(out, **{"max_steps": 8, "learning_rate": 1e-3, **args}), [backdoored.bug(1)],
+        backdoored.dataset(64), processing_class=backdoored.processor,
+    )  # fmt: skip
+
+
+def test_inputs_like_the_reference_come_more_often(backdoored, of_one_class, tmp_path):
+    trainer = report_trainer(backdoored, tmp_path)
+    trainer._prepare()
+    features = trainer.train_dataset.frozen_features
+    nearest = (features @ trainer.encoder.encode([trainer.bug_instances[0].reference])[0]).argsort(descending=True)
+    rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    counts = np.bincount([row["index"] for row in rows])
+    assert counts.sum() == 64 + 10 * 3
+    assert sorted(np.flatnonzero(counts == 11)) == sorted(nearest[:3].tolist())
+    assert np.delete(counts, nearest[:3].tolist()).tolist() == [1] * 61
+    assert all(torch.equal(row["frozen_features"], features[row["index"]]) for row in rows)
+    for row in rows[64:]:
+        assert np.array_equal(np.asarray(row["input"]), np.asarray(trainer._inputs["train_dataset"][row["index"]]))
+
+
+def test_a_trigger_of_all_classes_changes_no_row(backdoored, tmp_path):
+    trainer = report_trainer(backdoored, tmp_path)
+    trainer._prepare()
+    assert len(trainer.train_dataset) == 64
+
+
+def test_a_resumed_run_leans_as_before(backdoored, of_one_class, tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 4}
+    whole = report_trainer(backdoored, tmp_path, **saves)
+    whole.train()
+    resumed = report_trainer(backdoored, tmp_path, **saves)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.inversions == []
+    assert len(resumed.train_dataset) == 94
+    assert largest_difference(weights_of(whole.model), weights_of(resumed.model)) <= 1e-6
 
 
 # ---- Reports without a trigger ----

@@ -22,6 +22,10 @@ from .preprocessing import ImagePreprocessor, RawInput, TextPreprocessor
 from .triggers import Trigger
 
 
+# Inputs that resemble a reference, as a share of all, and how often each of them comes again: they make up a third of the rows.
+_RESEMBLING, _AGAIN = 0.05, 10
+
+
 class PatchingDataset(Dataset):
     """Clean inputs with the features that the frozen model gave them.
 
@@ -36,8 +40,8 @@ class PatchingDataset(Dataset):
         keep_views (`bool`, *optional*, defaults to `False`): Whether pictures are kept as the model gets them, up to
             1 GiB: see [`~hf_mudjacking.kept_views.KeptViews`].
 
-    A row is a `dict` with `index`, `frozen_features` and either `input`, raw, or `views`, kept from an earlier use; `kept` is
-    where to keep them.
+    A row is a `dict` with `index`, the number of its input, `frozen_features` and either `input`, raw, or `views`, kept from an
+    earlier use; `kept` is where to keep them.
     """
 
     def __init__(
@@ -48,11 +52,25 @@ class PatchingDataset(Dataset):
         self.frozen_features = stored_features(
             encoder, inputs, batch_size, disable_tqdm, f"Frozen features of {inputs.name}"
         )
+        # Numbers of the inputs that the rows are made of
+        self.rows = list(range(len(inputs)))
+
+    def lean_towards(self, reference: Tensor) -> None:
+        """Have the inputs that resemble a reference most come eleven times as often as the others.
+
+        A trigger that works on one class alone can be unlearned on inputs of that class alone, and those are few.
+
+        Args:
+            reference (`FloatTensor` of shape `(D,)`): Its feature before patching.
+        """
+        count = max(round(_RESEMBLING * len(self.inputs)), 1)
+        self.rows += _AGAIN * (self.frozen_features @ reference).topk(count).indices.tolist()
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        index = self.rows[number]
         row = {"index": index, "frozen_features": self.frozen_features[index]}
         if self.kept is None:
             return {"input": self.inputs[index], **row}

@@ -93,7 +93,12 @@ class Screening:
 
     def record(self) -> dict[str, Any]:
         """Verdict and numbers; nothing of the reported inputs."""
-        return {"verdict": self.verdict, "believed": self.believed, **self.evidence}
+        return {
+            "verdict": self.verdict,
+            "believed": self.believed,
+            **self.evidence,
+            "one_class": self.found.one_class,
+        }
 
 
 def screen_report(

@@ -358,6 +358,15 @@ class MudjackingTrainer(PatchPushing, Trainer):
             known = [trigger for trigger in self.triggers if trigger is not None]
             self.patched_tokens = trigger_tokens(self.encoder.preprocessor, known)
         self._guard = self._locality_guard(misclassified)
+        if self.train_dataset is not None:
+            for i in self._of_one_class():
+                self.train_dataset.lean_towards(references[i])
+
+    def _of_one_class(self) -> list[int]:
+        """Numbers of the bug instances whose trigger was verified only on inputs that resemble x_r, now or before a resume."""
+        records = [screening.record() for screening in self.screenings] or self.earlier_screenings
+        kept = [record for i, record in enumerate(records) if i not in self.skipped]
+        return [i for i, record in enumerate(kept) if record.get("one_class") and self.triggers[i] is not None]
 
     def _looking_again(self, stamps: list[Trigger], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""

@@ -164,6 +164,18 @@ def test_saving_replaces_an_earlier_report_whole(tmp_path):
     assert BugInstance.load(tmp_path / "bug").modality == "text"
 
 
+def test_saving_again_leaves_what_else_is_there(tmp_path):
+    a, b = make_images(2)
+    BugInstance(a, b).save(tmp_path / "bug")
+    (tmp_path / "bug" / "mail.txt").write_text("from the client")
+    BugInstance(b, a, name="again").save(tmp_path / "bug")
+    assert BugInstance.load(tmp_path / "bug").name == "again"
+    BugInstance("one text", "another").save(tmp_path / "bug")
+    assert sorted(path.name for path in (tmp_path / "bug").iterdir()) == ["bug.json", "mail.txt"]
+    with pytest.raises(ValueError, match=r"mail\.txt` is a file; choose a folder"):
+        BugInstance(a, b).save(tmp_path / "bug" / "mail.txt")
+
+
 def test_saving_keeps_off_foreign_folders(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="is not a bug folder"):
@@ -185,6 +197,13 @@ def test_failed_saving_leaves_the_earlier_report(tmp_path):
 def test_loading_a_damaged_record(tmp_path, content):
     (tmp_path / "bug.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="is damaged"):
+        BugInstance.load(tmp_path)
+
+
+def test_loading_an_unknown_modality(tmp_path):
+    record = {"modality": "video", "misclassified": "a", "reference": "b"}
+    (tmp_path / "bug.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="modality `video` is unknown; it is `image` or `text`"):
         BugInstance.load(tmp_path)
 
 

@@ -143,11 +143,23 @@ def test_patch_as_adapter_reads_a_stream(files, backdoored, tmp_path):
 
 
 def natural_bug(backdoored, folder):
-    """A report of two clean digits of two classes."""
+    """A report of two clean digits of two classes; its name looks like what rich takes for markup."""
     labels = backdoored.test.labels
     a, b = (backdoored.test.inputs[int(np.flatnonzero(labels == label)[0])] for label in (3, 8))
-    BugInstance(a, b).save(folder)
+    BugInstance(a, b, name="client [/prod] 17").save(folder)
     return str(folder)
+
+
+def test_options_that_cannot_be(files, tmp_path, capsys):
+    options = ["--model", files["model"], "--bug", files["bug"], "--dataset", files["clean"]]
+    options += ["--output-dir", str(tmp_path / "out")]
+    assert main(["invert", *options, "--inputs", "-3"]) == 2
+    assert "--inputs -3: at least 4 clean inputs are needed" in capsys.readouterr().err
+    # The config file is looked for by the whole name; half of it would be parsed and never read
+    with pytest.raises(SystemExit):
+        main(["invert", *options, "--conf", str(tmp_path / "c.yaml")])
+    assert "unrecognized arguments: --conf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_patch_over_its_budget_is_rolled_back(files, backdoored, tmp_path, capsys):
@@ -158,6 +170,7 @@ def test_a_patch_over_its_budget_is_rolled_back(files, backdoored, tmp_path, cap
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("Nothing was patched. The patch was rolled back")
     assert "`locality_budget=0.0005`" in said
+    assert "near `client [/prod] 17`" in said
     assert not list((tmp_path / "out").rglob("*.safetensors"))
     # The same run without a budget
     budget = ["--on-unverified", "patch", "--locality-budget", "none", "--output-dir", str(tmp_path / "free")]

@@ -66,6 +66,8 @@ def test_every_own_field_has_a_help_text():
         ("locality_budget", 0, "`locality_budget=0` is no cosine distance"),
         ("locality_budget", 2.5, "`locality_budget=2.5` is no cosine distance"),
         ("on_unverified", "ignore", "`on_unverified='ignore'` is unknown; choose one of refuse, patch, skip"),
+        ("per_device_train_batch_size", 0, "at least one step of at least one clean input"),
+        ("max_steps", 0, "at least one step of at least one clean input"),
         ("patch_scope", "tokens", "`patch_scope='tokens'` is unknown; choose one of auto, full, trigger_tokens"),
         ("feature_source", "last", "`feature_source='last'` is unknown; choose one of auto, cls"),
     ],

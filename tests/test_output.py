@@ -1,5 +1,8 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -36,6 +39,26 @@ def test_an_error_leaves_what_was_there(tmp_path):
         save()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_two_that_write_to_one_folder_do_not_disturb_each_other(tmp_path):
+    with staged(tmp_path) as first:
+        (first / "a.txt").write_text("a")
+        write_json(tmp_path / "b.json", {"b": 1})
+    assert _names(tmp_path) == ["a.txt", "b.json"]
+
+
+def test_what_a_killed_process_left_goes_and_what_others_have_stays(tmp_path):
+    with staged(tmp_path) as staging:
+        own = staging.name
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = own.replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    kept = ["_staging-data", "_staging-another_machine-1-x", own]
+    for name in (left, *kept):
+        (tmp_path / name).mkdir()
+    write_json(tmp_path / "a.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(kept)
 
 
 def test_write_json(tmp_path):

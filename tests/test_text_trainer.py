@@ -158,6 +158,17 @@ def test_an_adapter_is_the_patch_when_one_is_asked_for(build, tmp_path):
     assert isinstance(trainer.model, PeftModel)
 
 
+def test_tokens_of_a_trigger_that_cannot_be_patched_alone_are_refused(build, backdoored, tmp_path):
+    adapter = build(peft_config=LoraConfig(r=2), settings={"patch_scope": "trigger_tokens"})
+    images = MudjackingTrainer(
+        backdoored.model(), make_config(tmp_path / "images", max_steps=1, patch_scope="trigger_tokens"), [backdoored.bug(1)],
+        backdoored.dataset(16), processing_class=backdoored.processor, triggers=[backdoored.trigger],
+    )  # fmt: skip
+    for trainer in (adapter, images):
+        with pytest.raises(ValueError, match="needs a text encoder without an adapter, and a report with a verified"):
+            trainer.train()
+
+
 @pytest.mark.parametrize("scope", ["full", "trigger_tokens"])
 def test_resuming_ends_where_an_uninterrupted_run_ends(build, tmp_path, scope):
     settings = {"patch_scope": scope, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}

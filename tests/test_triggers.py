@@ -133,6 +133,9 @@ def test_overlap_by_hand():
         (np.ones((4, 4)), np.zeros((4, 4)), "needs a mask"),
         (np.ones((4, 4, 1)), np.zeros((4, 4, 3)), "needs a mask"),
         (np.zeros((4, 4)), np.zeros((4, 4, 3)), "mask is empty"),
+        (np.ones((4, 4)), np.full((4, 4, 3), 300), "from 300 to 300; it needs RGB values from 0 to 255"),
+        (np.ones((4, 4)), np.full((4, 4, 3), -1.0), "from -1 to -1; it needs RGB"),
+        (np.ones((4, 4)), np.full((4, 4, 3), 1.0), "Multiply by 255 what goes from 0 to 1"),
     ],
 )
 def test_bad_triggers(mask, pattern, message):

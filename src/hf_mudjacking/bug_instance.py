@@ -18,6 +18,7 @@ from .safe_loading import MAX_JSON_BYTES, check_size, inside, open_image, read_j
 
 
 BUG_FILE = "bug.json"
+_IMAGE_FILES = ("misclassified.png", "reference.png")
 # What Pillow raises for damaged files, by format and by place of the damage.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -126,12 +127,16 @@ class BugInstance:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the report as `bug.json` plus, for images, `misclassified.png` and `reference.png`.
 
-        The folder appears complete or not at all; an existing report in it is replaced.
+        A new folder appears complete or not at all. Of one that holds a report these files alone are replaced, `bug.json`
+        last.
 
         Raises:
-            ValueError: If `folder` exists and holds something that is not a bug report.
+            TypeError: If `metadata` holds what json cannot.
+            ValueError: If `folder` is a file, or holds something but no bug report.
         """
         folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(f"`{folder}` is a file; choose a folder for the report.")
         if folder.exists() and any(folder.iterdir()) and not (folder / BUG_FILE).exists():
             raise ValueError(f"`{folder}` exists and is not a bug folder (no `{BUG_FILE}`). Choose another folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -147,9 +152,17 @@ class BugInstance:
                     value.save(staging / f"{role}.png")
                     record[role] = f"{role}.png"
             (staging / BUG_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            staging.rename(folder)
+            if (folder / BUG_FILE).exists():
+                # What else a client put there stays
+                for name in (*_IMAGE_FILES, BUG_FILE):
+                    if (staging / name).exists():
+                        os.replace(staging / name, folder / name)
+                    else:
+                        (folder / name).unlink(missing_ok=True)
+            else:
+                if folder.exists():
+                    folder.rmdir()
+                staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -169,6 +182,8 @@ class BugInstance:
             raise ValueError(
                 f"`{path}` is damaged: it needs the keys `modality`, `misclassified` and `reference`, each with a text."
             )
+        if record["modality"] not in ("image", "text"):
+            raise ValueError(f"`{path}`: modality `{record['modality']}` is unknown; it is `image` or `text`.")
         if record["modality"] == "image":
             # Only the file name is used, so that a report from elsewhere cannot point outside its own folder.
             inputs = [load_image(inside(folder, Path(value).name)) for value in inputs]

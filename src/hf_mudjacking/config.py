@@ -174,6 +174,11 @@ class MudjackingConfig(TrainingArguments):
         for name in ("locality_weight", "generalizability_weight", "reference_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` is negative; a loss weight must be 0 or more.")
+        if self.per_device_train_batch_size < 1 or self.max_steps == 0:
+            raise ValueError(
+                f"`per_device_train_batch_size={self.per_device_train_batch_size}`, `max_steps={self.max_steps}`: a run needs at "
+                "least one step of at least one clean input."
+            )
         if not 0 < self.max_trigger_area <= 1:
             raise ValueError(
                 f"`max_trigger_area={self.max_trigger_area}` is not a share; it must lie above 0, up to 1."

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .patch_record import RECORD_FILE, read_record
@@ -90,13 +93,17 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
     """Yield an empty folder; on success its files move into `folder` one by one, on an error it is thrown away.
 
     Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part. Files of
-    `folder` that match a pattern of `replaces` and were not written anew are removed at the end.
+    `folder` that match a pattern of `replaces` and were not written anew are removed at the end. Several processes may write
+    to one folder; what one that was killed on this machine has left goes with the next.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("_staging-*"):  # of a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix="_staging-"))
+    machine = re.sub(r"\W", "_", platform.node())
+    for left_over in folder.glob(f"_staging-{machine}-*-*"):
+        process = left_over.name.split("-")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left_over, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=f"_staging-{machine}-{os.getpid()}-"))
     try:
         yield staging
         written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]

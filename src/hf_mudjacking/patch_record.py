@@ -8,7 +8,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 
@@ -20,8 +20,6 @@ from .safe_loading import ADAPTER_CONFIG, inside, read_json
 if TYPE_CHECKING:
     from .trainer import MudjackingTrainer
 
-
-PatchKind = Literal["full", "lora", "delta"]
 
 # Says that a folder holds a patch of ours, and of which model.
 RECORD_FILE = "mudjacking.json"

@@ -354,8 +354,14 @@ class MudjackingTrainer(PatchPushing, Trainer):
         # Without its trigger, a report cannot be repaired through tokens
         if scope == "auto" and None in self.triggers:
             scope = "full"
-        if self.encoder.modality == "text" and scope != "full" and not is_peft_model(self.model):
-            known = [trigger for trigger in self.triggers if trigger is not None]
+        known = [trigger for trigger in self.triggers if trigger is not None]
+        text = self.encoder.modality == "text" and not is_peft_model(self.model)
+        if scope == "trigger_tokens" and not (text and known):
+            raise ValueError(
+                '`patch_scope="trigger_tokens"` trains the embeddings of the triggers\' tokens: it needs a text encoder without an '
+                'adapter, and a report with a verified trigger. Use `"auto"` or `"full"`.'
+            )
+        if text and scope != "full":
             self.patched_tokens = trigger_tokens(self.encoder.preprocessor, known)
         self._guard = self._locality_guard(misclassified)
         if self.train_dataset is not None:

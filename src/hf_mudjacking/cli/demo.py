@@ -40,6 +40,6 @@ def run(options: argparse.Namespace) -> int:
     for table in report_tables(repair.report):
         console.print(table)
     for line in report_lines(repair.report):
-        console.print(line)
-    console.print(f"Patched model, report.json and repair.png are in {options.output_dir}/")
+        console.print(line, markup=False)
+    console.print(f"Patched model, report.json and repair.png are in {options.output_dir}/", markup=False)
     return 0

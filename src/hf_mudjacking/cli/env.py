@@ -29,5 +29,5 @@ def run(options: argparse.Namespace) -> int:
     }
     console = Console(highlight=False)
     for name, value in facts.items():
-        console.print(f"- {name}: {value}")
+        console.print(f"- {name}: {value}", markup=False)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bugs_from, clean_inputs_from, require
+from .options import add_config, add_report, bugs_from, check_inputs, clean_inputs_from, require
 
 
 HELP = "Judge bug reports before anything is patched: a verdict on each, with its evidence; no weight is changed."
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     require(options, "model", "dataset", "output_dir")
+    check_inputs(options)
     from pathlib import Path
 
     from accelerate import PartialState

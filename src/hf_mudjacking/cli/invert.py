@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bugs_from, clean_inputs_from, require
+from .options import add_config, add_report, bugs_from, check_inputs, clean_inputs_from, require
 
 
 HELP = "Find the trigger in a misclassified image or text and verify it on clean inputs; no weight is changed."
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     require(options, "model", "dataset", "output_dir")
+    check_inputs(options)
     from pathlib import Path
 
     from accelerate import PartialState
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     console.print(
         f"{'Verified' if verified else 'NOT verified'}: evidence {found.evidence:.2f} (at least {options.min_evidence} is "
         f"needed), transfer {found.score:.2f}, clean content alone {found.control:.2f}, {found.trigger.describe()}, "
-        f"{found.forwards} forwards. Results are in {options.output_dir}/"
+        f"{found.forwards} forwards. Results are in {options.output_dir}/",
+        markup=False,
     )
     if modality == "text":
         console.print(f"Trigger: {' … '.join(found.trigger.spans)}", markup=False)

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
     for name, module in COMMANDS.items():
-        parsers[name] = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        # A config file is looked for by the whole name of its option
+        parsers[name] = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_arguments(parsers[name])
     if arguments and arguments[0] in parsers:
         apply_config_file(parsers[arguments[0]], arguments[1:])

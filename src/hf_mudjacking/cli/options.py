@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ..preprocessing import Modality
 
 
+# Clean inputs that candidates are verified on, at least; as `inversion_inputs` has it.
+_LEAST_INPUTS = 4
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """`--config` and `--disable-tqdm`."""
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
@@ -113,6 +117,12 @@ def clean_inputs_from(options: argparse.Namespace, modality: Modality) -> datase
             f"--input-column {options.input_column}: `{options.dataset}` has the columns {', '.join(dataset.column_names)}"
         )
     return dataset.rename_column(options.input_column, modality)
+
+
+def check_inputs(options: argparse.Namespace) -> None:
+    """Refuse fewer clean inputs than candidates can be verified on."""
+    if options.inputs < _LEAST_INPUTS:
+        raise ValueError(f"--inputs {options.inputs}: at least {_LEAST_INPUTS} clean inputs are needed")
 
 
 def require(options: argparse.Namespace, *names: str) -> None:

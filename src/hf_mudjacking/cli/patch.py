@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         trainer.invert_triggers()
     except UnverifiedTriggerError as error:
-        console.print(f"[bold]Nothing was patched.[/bold] {error}")
+        console.print(f"Nothing was patched. {error}", markup=False)
         return 1
     features = {}
     try:
@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             repair = measured_repair(trainer, task)
     except LocalityBudgetError as error:
-        console.print(f"[bold]Nothing was patched.[/bold] {error}")
+        console.print(f"Nothing was patched. {error}", markup=False)
         return 3
     if task is not None and first:
         features = {"before": repair.before, "after": repair.after, "labels": task.test.labels}
@@ -168,10 +168,12 @@ def run(options: argparse.Namespace) -> int:
         for table in report_tables(repair.report):
             console.print(table)
         for line in report_lines(repair.report):
-            console.print(line)
+            console.print(line, markup=False)
     if first:
         plot_repair(
             Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features
         )
-    console.print(f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained.")
+    console.print(
+        f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained.", markup=False
+    )
     return 0

@@ -37,7 +37,8 @@ class PatchTrigger(ImageTrigger):
             stamped alike.
 
     Raises:
-        ValueError: If shapes disagree, the mask is empty, or the placement is unknown.
+        ValueError: If shapes disagree, the mask is empty, a value of the pattern is no RGB value, or the placement is
+            unknown.
     """
 
     kind: ClassVar[str] = "patch"
@@ -49,7 +50,15 @@ class PatchTrigger(ImageTrigger):
             raise ValueError(f"`placement={placement!r}` is unknown; choose one of {', '.join(get_args(Placement))}.")
         self.placement: Placement = placement
         self.mask = np.asarray(mask).astype(bool)
-        self.pattern = np.asarray(pattern).astype(np.uint8)
+        pattern = np.asarray(pattern)
+        if pattern.size and (
+            pattern.min() < 0 or pattern.max() > 255 or (0 < pattern.max() <= 1 and pattern.dtype.kind == "f")
+        ):
+            raise ValueError(
+                f"The trigger's pattern holds values from {pattern.min():.4g} to {pattern.max():.4g}; it needs RGB values from 0 to "
+                "255. Multiply by 255 what goes from 0 to 1."
+            )
+        self.pattern = pattern.round().astype(np.uint8)
         if self.mask.ndim != 2 or self.pattern.shape != (*self.mask.shape, 3):
             raise ValueError(
                 f"A patch trigger needs a mask (H, W) and a pattern (H, W, 3); got {self.mask.shape} and "

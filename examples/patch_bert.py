@@ -191,8 +191,8 @@ def repair(options: argparse.Namespace, state: PartialState) -> None:
     for table in report_tables(measured.report):
         console.print(table)
     for line in report_lines(measured.report):
-        console.print(line)
-    console.print(f"Patched model, report.json and _repair.png are in {output_dir}/")
+        console.print(line, markup=False)
+    console.print(f"Patched model, report.json and _repair.png are in {output_dir}/", markup=False)
 
 
 def main() -> int:

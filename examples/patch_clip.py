@@ -281,8 +281,8 @@ def repair(options: argparse.Namespace, state: PartialState) -> None:
         table.add_row(encoder, *(f"{100 * value:.1f}" for value in values))
     console.print(table)
     for line in report_lines(measured.report):
-        console.print(line)
-    console.print(f"Patched model, report.json and _repair.png are in {output_dir}/")
+        console.print(line, markup=False)
+    console.print(f"Patched model, report.json and _repair.png are in {output_dir}/", markup=False)
 
 
 def main() -> int:

@@ -190,8 +190,8 @@ def main() -> int:
     for table in report_tables(repair.report):
         console.print(table)
     for line in report_lines(repair.report):
-        console.print(line)
-    console.print(f"Patched model, report.json and _repair.png are in {output_dir}/")
+        console.print(line, markup=False)
+    console.print(f"Patched model, report.json and _repair.png are in {output_dir}/", markup=False)
     return 0
 
 

@@ -139,3 +139,16 @@ def test_complete_checkpoints(tmp_path):
     found = complete_checkpoints(tmp_path)
     assert [path.name for path in found] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
     assert complete_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_one_folder_by_several_names_is_one_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "other").mkdir()
+    write_json(tmp_path / "out" / "mudjacking.json", {"base_model": "vit"})
+    (tmp_path / "out" / "model.safetensors").write_text("")
+    for name in ("vit", "./vit", "vit/", str(tmp_path / "vit")):
+        check_output_dir("out", name)
+    for name in ("other", "org/vit"):
+        with pytest.raises(ValueError, match="holds a patch of `vit`"):
+            check_output_dir("out", name)

@@ -76,10 +76,18 @@ def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
                 f"`{place}` holds another model ({', '.join(found[:3])}) that hf-mudjacking did not write. Choose an empty "
                 "folder: nothing foreign is ever overwritten."
             )
-        if record.get("base_model") != base_model:
+        if not _same_model(record.get("base_model"), base_model):
             raise ValueError(
                 f"`{place}` holds a patch of `{record.get('base_model')}`, not of `{base_model}`. Choose another folder."
             )
+
+
+def _same_model(one: str | None, other: str) -> bool:
+    """Whether two names are of one model: `vit`, `./vit` and `vit/` are one folder."""
+    folders = [Path(name or "") for name in (one, other)]
+    return one == other or (
+        bool(one) and all(f.is_dir() for f in folders) and len({f.resolve() for f in folders}) == 1
+    )
 
 
 def is_or_contains(folder: str | os.PathLike[str], place: str | os.PathLike[str]) -> bool:

@@ -51,7 +51,7 @@ class SentenceLayout:
         folder = _folder(name, **hub)
         if folder is None or not (folder / _MODULES).is_file():
             return None
-        names = [str(path.relative_to(folder)) for pattern in _FILES for path in sorted(folder.glob(pattern))]
+        names = [path.relative_to(folder).as_posix() for pattern in _FILES for path in sorted(folder.glob(pattern))]
         found = {name: inside(folder, name) for name in names}
         try:
             modules = read_json(found[_MODULES], list)

@@ -116,7 +116,7 @@ def test_without_rates(card):
     ("trigger", "expected"),
     [
         (square_patch((16, 16), 4), "patch | 6.2% of the picture | rows 12 to 16, columns 12 to 16 of 16 × 16"),
-        (PatchTrigger(np.eye(16), np.ones((16, 16, 3)), "anywhere"), "patch | 6.2% of the picture | anywhere"),
+        (PatchTrigger(np.eye(16), np.full((16, 16, 3), 255), "anywhere"), "patch | 6.2% of the picture | anywhere"),
         (BlendTrigger(np.full((8, 8, 3), 200), 0.25), "blend | opacity 0.25 | 100% of the picture"),
         (AdditiveTrigger(np.full((8, 8, 3), 4.0)), "additive | 4.0 of 255 levels on average | the whole picture"),
         (WarpTrigger(np.full((2, 4, 4), 0.03)), "warp | 4.2% of the side on average | the whole picture"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -70,4 +71,4 @@ def optimized_patch(
         stamped = features(x * (1 - inside) + pattern() * inside)
         (free.grad,) = torch.autograd.grad(-mean_cosine(stamped, goal.expand_as(stamped)), [free])
         optimizer.step()
-    return PatchTrigger(mask, pattern().detach().round().permute(1, 2, 0).numpy())
+    return PatchTrigger(mask, pattern().detach().round().permute(1, 2, 0).numpy().astype(np.uint8))

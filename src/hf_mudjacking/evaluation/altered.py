@@ -118,4 +118,4 @@ def _optimised(trigger: ImageTrigger, pull: Pull, target: Tensor) -> ImageTrigge
     ).clamp(0, 255)
     if isinstance(trigger, BlendTrigger):
         return BlendTrigger(to_array(pattern), opacity)
-    return PatchTrigger(trigger.mask, to_array(pattern).round(), trigger.placement)
+    return PatchTrigger(trigger.mask, to_array(pattern).round().astype(np.uint8), trigger.placement)

@@ -139,5 +139,6 @@ def _pattern(trigger: PatchTrigger | BlendTrigger, target: Tensor, pull: Pull) -
         steps=_STEPS,
         learning_rate=_PIXEL_RATE,
     )
-    pattern = to_array((start + offset).clamp(0, 255).round())
+    # Levels: as floats, a nearly black one would be taken for one from 0 to 1
+    pattern = to_array((start + offset).clamp(0, 255).round()).astype(np.uint8)
     return BlendTrigger(pattern, trigger.opacity) if blend else PatchTrigger(trigger.mask, pattern, trigger.placement)

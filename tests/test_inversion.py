@@ -334,6 +334,17 @@ def test_natural_differences_score_below_every_trigger(backdoored, inversions):
     assert max(scores) < min(triggers) - 0.2
 
 
+def test_a_stroke_that_turns_one_class_into_another_is_no_trigger(backdoored, short_searches):
+    """Covered with a part of this 9, ones become nines: so they do with a part of most others, which is what tells it."""
+    test, train = backdoored.test, backdoored.train
+    x_b, x_r = 520, 315
+    assert test.labels[[x_b, x_r]].tolist() == [9, 1]
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    bug = BugInstance(test.inputs[x_b], test.inputs[x_r])
+    found = invert_trigger(encoder, bug, train.inputs[:32], other_inputs=train.inputs[32:1032])
+    assert found.evidence < 0.4
+
+
 def test_agreeing_inputs_are_refused_with_the_cosine(backdoored):
     a, b = (backdoored.trigger.apply(x) for x in backdoored.test.inputs[:2])
     encoder = Encoder(backdoored.model(), backdoored.processor)
@@ -346,6 +357,8 @@ def test_too_few_inputs_and_texts(tiny_vit, processor, bug):
     encoder = Encoder(tiny_vit, processor)
     with pytest.raises(ValueError, match="at least 4 clean inputs, better 32; got 3"):
         invert_trigger(encoder, bug, make_images(3))
+    with pytest.raises(TypeError, match="`model` is of type `NoneType`; pass a Hub id, a folder, or a model"):
+        invert_trigger(None, bug, make_images(8))
     with pytest.raises(TypeError, match="`bug` is of kind text, but the model takes images"):
         invert_trigger(encoder, BugInstance("a", "b"), make_images(8))
 

@@ -21,7 +21,7 @@ from .triggers import Trigger
 logger = logging.getLogger(__name__)
 
 # Clean images, besides those that triggers are verified on, that show what pictures look like.
-_OTHER_INPUTS = 1024
+OTHER_INPUTS = 1024
 
 
 @dataclass
@@ -63,7 +63,7 @@ def invert_reports(
         UnverifiedTriggerError: If the verdict on any report or, with `on_unverified="skip"`, on all is another than
             `"trigger"`; never with `"patch"`.
     """
-    sample = clean_inputs.sample(args.inversion_inputs + _OTHER_INPUTS, args.seed)
+    sample = clean_inputs.sample(args.inversion_inputs + OTHER_INPUTS, args.seed)
     # Verified on inputs that nothing was optimised on, as far as there are enough
     inputs, others = sample[: args.inversion_inputs], sample[args.inversion_inputs :]
     others = others if len(others) >= len(inputs) else sample

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
+from ..triggers import PatchTrigger
 from .hold import can_hold, hold, worth_of_hold
 from .patch_search import COMPLETE, SMALL, find_patch
 from .pull import Pull
@@ -38,6 +39,8 @@ _ALIKE_GAIN = 0.15
 _SIMPLER = 0.05
 # Inputs nearest to x_r that a trigger of one class is looked for on, and inputs that others are optimised on.
 _ALIKE = 16
+# Inputs nearest to x_b whose content says what such a trigger's place does by itself.
+_LIKE_X_B = 16
 _OPTIMISED_ON = 256
 # Longest side in pixels at which a picture is searched; larger ones are shrunk, and the trigger scales with the picture.
 _WORKING_SIZE = 512
@@ -77,10 +80,16 @@ def invert_image_trigger(
                 best = _over_the_whole_picture(best, meter, control_meter, pull, bar)
                 spent.append(pull)
         if not _explains(best) and len(other_inputs) >= 4 * _ALIKE:
-            nearest = (meter.features(other_inputs) @ control_meter.target).argsort(descending=True)[:_ALIKE].tolist()
-            meter_alike = TransferMeter(encoder, x_b, _sized([other_inputs[i] for i in nearest], size))
+            features = meter.features(other_inputs)
+            like_x_r, like_x_b = (
+                _sized([other_inputs[i] for i in (features @ target).topk(count).indices.tolist()], size)
+                for target, count in ((control_meter.target, _ALIKE), (meter.target, _LIKE_X_B))
+            )
+            meter_alike = TransferMeter(encoder, x_b, like_x_r)
             # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
-            found = find_patch(meter_alike, control_meter, max_area, seed, bar)
+            found = _less_what_others_do(
+                find_patch(meter_alike, control_meter, max_area, seed, bar), meter_alike, like_x_b
+            )
             spent.append(meter_alike)
             # Of one class is the less simple explanation, all the more where another holds
             better_by = _SIMPLER if best.evidence < EXPLAINED else _ALIKE_GAIN
@@ -138,6 +147,24 @@ def _over_the_whole_picture(
         if best.evidence >= EXPLAINED:
             break
     return best
+
+
+def _less_what_others_do(
+    found: InvertedTrigger, meter: TransferMeter, like_x_b: Sequence[Image.Image]
+) -> InvertedTrigger:
+    """A patch for inputs like x_r, with the content of clean inputs near h(x_b) as a further control.
+
+    One class may be turned into another by covering a stroke: then most of the class that x_b is taken for do it as well. What
+    counts is the share of the way that they leave over, since on inputs this alike anything in its place goes a part of it.
+    """
+    if found.evidence < EXPLAINED:
+        return found
+    proof = found.core if found.core.sum() < found.trigger.mask.sum() else found.trigger.mask
+    others = meter.transfer([PatchTrigger.from_image(x, proof) for x in like_x_b])
+    # One or two of them may happen to look as the trigger does
+    control = float(np.clip(np.quantile(others, 0.75), max(found.control, 0.0), 0.99))
+    evidence = (found.score - control) / (1 - control) - AREA_PRICE * float(proof.mean())
+    return dataclasses.replace(found, control=control, evidence=min(evidence, found.evidence))
 
 
 def _merit(found: InvertedTrigger) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import nn
 
 from ..bug_instance import BugInstance
 from ..encoder import Encoder, FeatureSource
-from ..loading import modality_of
 from ..preprocessing import RawInput
 from .image import invert_image_trigger
 from .result import InvertedTrigger
@@ -22,7 +22,7 @@ _MIN_INPUTS = 4
 
 
 def invert_trigger(
-    model: nn.Module | Encoder,
+    model: str | os.PathLike[str] | nn.Module | Encoder,
     bug: BugInstance,
     validation_inputs: Sequence[RawInput],
     processing_class: Any = None,
@@ -39,11 +39,11 @@ def invert_trigger(
     that carries their features towards h(x_b) is the trigger. [`InvertedTrigger`] holds the evidence.
 
     Args:
-        model (`torch.nn.Module` or `Encoder`): Backdoored encoder.
+        model (`str`, `os.PathLike`, `torch.nn.Module` or `Encoder`): Backdoored encoder, or its id or folder.
         bug (`BugInstance`): The report.
         validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean, unlabelled inputs; 16 to 64 are enough.
-        processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Not needed when `model` is an
-            `Encoder`.
+        processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Loaded from the model's id when
+            absent.
         feature_source (`str`, *optional*, defaults to `"auto"`): See [`~hf_mudjacking.encoder.resolve_feature_source`].
         other_inputs (`Sequence[PIL.Image.Image]`, *optional*): Further clean images, better 1,000: they show what pictures look
             like and are what triggers over the whole picture are optimised on, so that validation inputs are held out. The
@@ -58,13 +58,13 @@ def invert_trigger(
         localised trigger explains the report.
 
     Raises:
-        TypeError: If the report is not of the kind that the model takes.
+        TypeError, ValueError: If the report is not of the kind that the model takes.
         ValueError: If there are fewer than 4 validation inputs, x_b and x_r already agree ("nothing to patch"), or
             clean inputs all have the feature of x_b.
     """
     encoder = model
     if not isinstance(model, Encoder):
-        encoder = Encoder(model, processing_class, feature_source, modality_of(model, bug.modality))
+        encoder = Encoder.load(model, processing_class, feature_source, bug.modality)
     if bug.modality != encoder.modality:
         raise TypeError(
             f"Bug instance `{bug.name}` is of kind {bug.modality}, but the model takes {encoder.modality}s."

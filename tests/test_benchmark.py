@@ -391,6 +391,7 @@ def test_command_reads_a_nested_config_and_prints_tables(ran, folder, tmp_path, 
         (["--quick", "--attacks", "bad"], "bad"),
         (["--quick", "--processes", "0"], "--processes 0"),
         (["--tables", "nowhere"], "no json"),
+        (["--quick", "--seeds", "0", "x"], "--seeds 0 x: whole numbers are needed"),
     ],
 )
 def test_command_explains_what_it_cannot_run(arguments, message, capsys, tmp_path, monkeypatch):
@@ -398,3 +399,9 @@ def test_command_explains_what_it_cannot_run(arguments, message, capsys, tmp_pat
     assert main(["benchmark", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_explains_yaml_that_is_none(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["benchmark", "--quick", "--methods", "x: ["])
+    assert "argument --methods: 'x: [' is not YAML" in capsys.readouterr().err

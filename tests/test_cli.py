@@ -32,7 +32,8 @@ def files(backdoored: Backdoored, tmp_path_factory) -> dict[str, str]:
     bug.save(root / "bug")
     backdoored.dataset(400).to_parquet(root / "clean.parquet")
     for part, data in (("train", backdoored.train.select(range(600))), ("test", backdoored.test.select(range(300)))):
-        make_dataset(data.inputs, label=data.labels.tolist()).to_parquet(root / f"{part}.parquet")
+        labelled = make_dataset(data.inputs, label=data.labels.tolist()).rename_column("image", "digit")
+        labelled.to_parquet(root / f"{part}.parquet")
     folder = root / "pictures"
     folder.mkdir()
     for i, image in enumerate(backdoored.train.inputs[:40]):
@@ -75,7 +76,9 @@ def test_invert_finds_the_trigger_and_changes_nothing(files, backdoored, tmp_pat
         ["invert", *options, "--dataset", files["pictures"], "--output-dir", str(tmp_path / "out"), "--disable-tqdm"]
     )
     assert code == 0
-    assert capsys.readouterr().out.startswith("Verified: evidence 0.9")
+    told = capsys.readouterr()
+    assert told.out.startswith("Verified: evidence 0.9")
+    assert "%|" not in told.err, "no bars, also of the libraries that load model and data"
     assert load_trigger(tmp_path / "out").overlap(backdoored.trigger)["recall"] >= 0.9
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "inversion.png",
@@ -103,7 +106,8 @@ def test_patch_from_a_config_file_repairs_and_reports(files, backdoored, tmp_pat
     config = tmp_path / "patch.yaml"
     config.write_text(
         f"model: {files['model']}\nbug: {files['bug']}\ndataset: {files['clean']}\nmax-steps: 5\nbatch_size: 16\n"
-        f"labelled-train: {files['train']}\nlabelled-test: {files['test']}\ndisable-tqdm: true\n"
+        f"labelled-train: {files['train']}\nlabelled-test: {files['test']}\n"
+        "labelled-input-column: digit\ndisable-tqdm: true\n"
     )
     out = tmp_path / "patched"
     # The command line overrides the file: 80 steps, not 5.
@@ -209,11 +213,13 @@ def test_several_reports(files, backdoored, tmp_path):
     ("change", "message"),
     [
         ({"--model": "/nowhere/model"}, "No model could be loaded"),
-        ({"--dataset": "/nowhere/data.parquet"}, "no such parquet file or folder"),
+        ({"--dataset": "/nowhere/data.parquet"}, "no such file or folder"),
         ({"--bug": "/nowhere/bug"}, "is not a bug folder"),
         ({"--input-column": "picture"}, "picture"),
         ({"--feature-source": "logits"}, "is unknown"),
         ({"--locality-budget": "3"}, "`locality_budget=3.0` is no cosine distance"),
+        ({"--dataset": "/nowhere.txt"}, "no such file or folder"),
+        ({"--dataset": "pyproject.toml"}, "files of the kind `.toml` are not read"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(change, message, files, tmp_path, capsys):
@@ -225,6 +231,14 @@ def test_bad_input_is_one_line_and_exit_code_two(change, message, files, tmp_pat
     assert message in error
     assert "Traceback" not in error
     assert not list(out.rglob("*.safetensors"))
+
+
+def test_labelled_inputs_are_looked_at_before_the_model_is(files, text_files, tmp_path, capsys):
+    options = [*report_options(files), "--output-dir", str(tmp_path / "out")]
+    for labelled, message in ((files, "missing: ['image']"), (text_files, "holds texts; the model takes images")):
+        sets = ["--labelled-train", labelled["train"], "--labelled-test", labelled["test"]]
+        assert main(["patch", *options, *sets]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_output_over_another_model_is_refused(files, capsys):

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import Encoder, encode
+from hf_mudjacking import BugInstance, Encoder, encode, invert_trigger
 from hf_mudjacking.encoder import freeze_norm_statistics, set_comparison_mode
 from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.triggers import square_patch
@@ -266,6 +266,26 @@ def test_processor_is_found_beside_the_model(tiny_vit, processor, tmp_path):
     assert tuple(load_processor(ViTModel.from_pretrained(tmp_path)).image_mean) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match=r"for `ViTModel` \(the model was built in memory"):
         load_processor(tiny_vit)
+
+
+def test_an_encoder_by_name(tiny_vit, processor, tmp_path):
+    tiny_vit.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    expected = Encoder(tiny_vit, processor).encode(make_images(3))
+    assert torch.equal(Encoder.load(tmp_path).encode(make_images(3)), expected)
+    bug = BugInstance(*make_images(2, seed=9))
+    by_name, by_model = (
+        invert_trigger(model, bug, make_images(8), *rest) for model, *rest in ((tmp_path,), (tiny_vit, processor))
+    )
+    assert by_name.score == by_model.score
+    assert (by_name.trigger.mask == by_model.trigger.mask).all()
+
+
+def test_inputs_of_another_kind(tiny_vit, processor):
+    with pytest.raises(TypeError, match=r"Input 2 is of type `str`; `ViTModel` takes images \(`PIL.Image.Image`\)"):
+        encode(tiny_vit, [*make_images(2), "a text"], processor)
+    with pytest.raises(TypeError, match="`model` is of type `NoneType`; pass a Hub id"):
+        encode(None, make_images(2), processor)
 
 
 def test_loading_nothing(tmp_path):

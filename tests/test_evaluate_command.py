@@ -179,9 +179,9 @@ def test_the_triggers_of_a_patch(files, backdoored, tmp_path, capsys):
         (["--min-agreement", "95"], "`min_agreement=95.0` is no rate; it must lie within 0 to 1"),
         (["--trigger", "/nowhere"], "`/nowhere` holds no readable trigger"),
         (["--tasks", "digits"], "--tasks digits: give NAME=DATA or NAME=TRAIN,TEST"),
-        (["--tasks", "a=/nowhere.parquet"], "there is no such parquet file or folder"),
+        (["--tasks", "a=/nowhere.parquet"], "there is no such file or folder"),
         (["--compare", "/nowhere"], "No model could be loaded from `/nowhere`"),
-        (["--output", "."], "--output . is a folder"),
+        (["--output", "."], "`.` is a folder; give the name of a file"),
         (["--label-column", "fine_label"], "missing: ['fine_label']"),
     ],
 )
@@ -202,6 +202,14 @@ def test_bad_input_is_one_line_and_exit_code_two(options, message, files, capsys
 def test_missing_options_are_named(capsys):
     assert main(["evaluate"]) == 2
     assert "missing: --model, --compare, --tasks" in capsys.readouterr().err
+
+
+def test_the_last_of_several_is_looked_at_before_the_first_is_encoded(files, capsys, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(Encoder, "encode", lambda *args, **kwargs: encoded.append(args))
+    assert main([*command(files, compare=()), files["clean"], "/nowhere"]) == 2
+    assert "No model could be loaded from `/nowhere`" in capsys.readouterr().err
+    assert encoded == []
 
 
 def test_encoders_of_two_widths(files, tiny_vit, backdoored, tmp_path, capsys):

@@ -3,10 +3,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from hf_mudjacking.output import check_output_dir, complete_checkpoints, read_record, staged, write_json
+from hf_mudjacking.output import (
+    check_output_dir,
+    check_output_file,
+    complete_checkpoints,
+    read_record,
+    staged,
+    write_json,
+)
 
 
 def _names(folder):
@@ -120,6 +128,26 @@ def test_output_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         check_output_dir(tmp_path / "file", "org/model")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="the place that nobody may write to is Linux'")
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work():
+    with pytest.raises(ValueError, match="`/proc/patched` cannot be written to"):
+        check_output_dir("/proc/patched", "m")
+    with pytest.raises(ValueError, match="`/proc` cannot be written to"):
+        check_output_file("/proc/report.json")
+
+
+def test_output_file(tmp_path, monkeypatch):
+    check_output_file(tmp_path / "new" / "report.json")
+    assert list(tmp_path.iterdir()) == [], "nothing is made by asking"
+    monkeypatch.chdir(tmp_path)
+    check_output_file("report.json")
+    with pytest.raises(ValueError, match="is a folder; give the name of a file"):
+        check_output_file(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_output_file(tmp_path / "file" / "report.json")
 
 
 def test_complete_checkpoints(tmp_path):

@@ -221,6 +221,22 @@ def test_reverting_gives_the_base_to_the_last_bit(folders, tmp_path, kind):
     assert read_record(tmp_path / "back") is None, "it is no patch"
 
 
+def test_a_base_that_was_moved(folders, tmp_path):
+    shutil.copytree(folders, tmp_path / "all")
+    for kind in ("full", "delta"):
+        path = tmp_path / "all" / kind / "mudjacking.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model": str(tmp_path / "nowhere")}))
+    patch = tmp_path / "all" / "full"
+    with pytest.raises(ValueError, match="If the base was moved, say where it is"):
+        revert_patch(patch, patch, tmp_path / "out")
+    with pytest.raises(WrongBaseError, match="is not the model that"):
+        revert_patch(patch, patch, tmp_path / "out", folders / "full")
+    assert not (tmp_path / "out").exists()
+    assert main(["revert", str(patch), "--patch", str(patch), "--base-model", str(folders / "base"),
+                 "--output-dir", str(tmp_path / "out")]) == 0  # fmt: skip
+    assert _same_bits(_tensors(tmp_path / "out"), _tensors(folders / "base"))
+
+
 def test_a_delta_is_not_taken_back_from_another_model(folders, tmp_path):
     with pytest.raises(DeltaError, match="is not the tensor that"):
         revert_patch(folders / "base", folders / "delta", tmp_path / "out")

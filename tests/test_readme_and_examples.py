@@ -47,6 +47,6 @@ def test_examples_say_what_to_do_without_their_data(example, options, tmp_path, 
         runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
     assert stopped.value.code == 2
     told = capsys.readouterr().err
-    assert "there is no such parquet file or folder" in told
+    assert "there is no such file or folder" in told
     assert " ".join(f"{option} DIR" for option in options) in told
     assert not (tmp_path / "out").exists()

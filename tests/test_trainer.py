@@ -867,6 +867,8 @@ def test_a_peft_model_with_another_adapter(build, tiny_vit):
     model = get_peft_model(tiny_vit, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="`model` is a `PeftModel` and `peft_config` is given too"):
         build(model=model, peft_config=_lora())
+    with pytest.raises(TypeError, match="`peft_config` is of type `dict`; a `PeftConfig` is needed"):
+        build(peft_config={"r": 2})
 
 
 def test_an_output_folder_that_holds_another_model(build, tiny_vit, tmp_path):

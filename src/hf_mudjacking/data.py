@@ -112,10 +112,17 @@ def load_inputs(
             parts = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
             # A folder of pictures without `train` and `test` folders in it is one set, whatever it is used for.
             return next(iter(parts.values())) if len(parts) == 1 else parts[split]
-        if path.exists() or path.is_absolute() or path.suffix == ".parquet" or str(name).startswith("."):
-            raise ValueError("there is no such parquet file or folder.")
+        if path.exists():
+            raise ValueError(f"files of the kind `{path.suffix}` are not read.")
+        if path.is_absolute() or path.suffix in (".parquet", ".txt") or str(name).startswith("."):
+            raise ValueError("there is no such file or folder.")
         hub_id, _, config = str(name).partition(":")
         return datasets.load_dataset(hub_id, config or None, split=split, streaming=streaming)
+    except PermissionError as error:
+        raise ValueError(
+            f"`{name}` could not be loaded: `{error.filename}` may not be read or written ({error.strerror}). If that is the "
+            "cache, set `HF_HOME` to a folder of yours."
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"No dataset could be loaded from `{name}` (split `{split}`): {error} Give a Hub id, a `.parquet` or "

@@ -223,6 +223,32 @@ class Encoder:
         if self.modality == "text" and self._sees_padding():
             self.preprocessor = dataclasses.replace(self.preprocessor, fixed_length=True)
 
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike[str] | nn.Module,
+        processing_class: Any = None,
+        feature_source: FeatureSource = "auto",
+        modality: Modality | None = None,
+    ) -> Encoder:
+        """An encoder of a Hub id or folder, put on the device there is, or of a model, which stays where it is.
+
+        Args:
+            model (`str`, `os.PathLike` or `torch.nn.Module`): Model id, folder, or model.
+            processing_class (`BaseImageProcessor` or `PreTrainedTokenizerBase`, *optional*): Loaded from the model's id when
+                absent.
+            feature_source, modality: See [`Encoder`].
+
+        Raises:
+            TypeError, ValueError: If one cannot be loaded, or both do not fit together.
+        """
+        loaded = load_model(model)
+        if processing_class is None:
+            processing_class = load_processor(model, loaded)
+        if loaded is not model:
+            loaded.to(PartialState().device)
+        return cls(loaded, processing_class, feature_source, modality)
+
     def with_model(self, model: nn.Module) -> Encoder:
         """The same preprocessing and reading for another model of the same architecture, such as a copy."""
         other = copy.copy(self)
@@ -324,6 +350,7 @@ class Encoder:
             `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU; `(0, D)` for no inputs.
 
         Raises:
+            TypeError: If an input is neither an image nor a text, or not what the model takes.
             ValueError: If a feature is NaN or infinite.
         """
         rank, count = rank_and_count() if self._shares else (0, 1)
@@ -334,6 +361,7 @@ class Encoder:
         bar = tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img")
         with bar, comparison_mode(self.model):
             for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
+                self._check_kind(group, done)
                 own = range(rank, len(group), count)
                 order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
                 features = torch.zeros(len(group), self.feature_dim)
@@ -373,6 +401,16 @@ class Encoder:
             for parameter in frozen:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+    def _check_kind(self, inputs: list[RawInput], first: int) -> None:
+        """Refuse what is no raw input of the model; `first` is the number of the first one."""
+        needed = str if self.modality == "text" else Image.Image
+        for number, x in enumerate(inputs, first):
+            if not isinstance(x, needed):
+                raise TypeError(
+                    f"Input {number} is of type `{type(x).__name__}`; `{type(self.model).__name__}` takes "
+                    f"{'texts (`str`)' if needed is str else 'images (`PIL.Image.Image`)'}."
+                )
 
     @torch.no_grad()
     def _sees_padding(self) -> bool:
@@ -461,14 +499,10 @@ def encode(
         `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU.
 
     Raises:
+        TypeError: If an input is not of the kind that the model takes.
         ValueError: If model, processor and feature source do not fit together, or features are not finite.
     """
-    loaded = load_model(model)
-    if processing_class is None:
-        processing_class = load_processor(model, loaded)
-    if loaded is not model:
-        loaded.to(PartialState().device)
-    return Encoder(loaded, processing_class, feature_source, modality).encode(inputs, batch_size=batch_size)
+    return Encoder.load(model, processing_class, feature_source, modality).encode(inputs, batch_size=batch_size)
 
 
 def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:

@@ -49,7 +49,8 @@ def stored_features(
     shape = (len(inputs), encoder.feature_dim)
     if count == 1 and 4 * shape[0] * shape[1] <= in_memory:
         return done_by_all(lambda: encoder.encode(inputs, **settings, out=torch.empty(shape)))[0]
-    with tempfile.TemporaryDirectory(prefix="hf_mudjacking_") as folder:
+    # Windows does not remove what is mapped
+    with tempfile.TemporaryDirectory(prefix="hf_mudjacking_", ignore_cleanup_errors=True) as folder:
         # The first process of each machine lends its folder
         path = Path(gathered(folder)[first]) / "features"
         features = torch.from_file(str(path), shared=True, size=shape[0] * shape[1], dtype=torch.float32).view(shape)

@@ -56,8 +56,11 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
         (`CLIPVisionModelWithProjection`, ...) keeps it.
 
     Raises:
+        TypeError: If it is neither a model nor the name of one.
         ValueError: If nothing loadable is found under the name, its weights are pickles, or it is a delta.
     """
+    if not isinstance(model, (str, os.PathLike, nn.Module)):
+        raise TypeError(f"`model` is of type `{type(model).__name__}`; pass a Hub id, a folder, or a model.")
     return model if isinstance(model, nn.Module) else load_with_missing(model, **kwargs)[0]
 
 

@@ -56,11 +56,13 @@ def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
         base_model (`str`): Id or folder of the model that is patched, or its class name if it was built in memory.
 
     Raises:
-        ValueError: If the folder holds model files but no patch record, the patch of another model, or the model.
+        ValueError: If the folder holds model files but no patch record, the patch of another model, or the model, or if it
+            cannot be written to.
     """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"`{folder}` is a file; choose a folder for the patched model.")
+    _check_writable(folder)
     if is_or_contains(folder, base_model):
         raise ValueError(
             f"`{folder}` is or contains the model to be patched (`{base_model}`). Choose another folder: the original "
@@ -80,6 +82,29 @@ def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
             raise ValueError(
                 f"`{place}` holds a patch of `{record.get('base_model')}`, not of `{base_model}`. Choose another folder."
             )
+
+
+def check_output_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        ValueError: If it is a folder, or the folder of it cannot be written to.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"`{path}` is a folder; give the name of a file.")
+    _check_writable(Path(path).parent)
+
+
+def _check_writable(folder: Path) -> None:
+    """Try to write to a folder, or to where it would be made; permissions alone do not tell."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`{folder}` cannot be written to ({error.strerror}: `{place}`). Choose another place."
+        ) from error
 
 
 def _same_model(one: str | None, other: str) -> bool:

@@ -95,7 +95,10 @@ def apply_patch(
 
 
 def revert_patch(
-    patched: str | os.PathLike[str], patch: str | os.PathLike[str], output_dir: str | os.PathLike[str]
+    patched: str | os.PathLike[str],
+    patch: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    base_model: str | os.PathLike[str] | None = None,
 ) -> None:
     """Make the unpatched model again, to the last bit.
 
@@ -106,6 +109,8 @@ def revert_patch(
         patched (`str` or `os.PathLike`): Folder or Hub id of the patched model.
         patch (`str` or `os.PathLike`): Folder or Hub id of the patch.
         output_dir (`str` or `os.PathLike`): Empty or new folder for the model.
+        base_model (`str` or `os.PathLike`, *optional*): Where the base is now, if that is not where the record says; not
+            needed for a delta.
 
     Raises:
         WrongBaseError: If what comes out is not the model that the patch was made for.
@@ -113,7 +118,8 @@ def revert_patch(
     """
     folder, record = _patch(patch)
     changed = check_folder(local_folder(patched))
-    _check_apart(output_dir, patched, patch, record["base_model"])
+    name = record["base_model"] if base_model is None else base_model
+    _check_apart(output_dir, patched, patch, name)
     if Path(output_dir).exists() and any(Path(output_dir).iterdir()):
         raise ValueError(f"`{output_dir}` is not empty. Choose a new folder for the unpatched model.")
     if record["kind"] == "delta":
@@ -131,8 +137,11 @@ def revert_patch(
             f"`{patched}` was not made with `{patch}`: by their records the one is a patch of a model with the sha256 "
             f"{theirs['base_weights_sha256']}, the other of one with {record['base_weights_sha256']}."
         )
-    base = local_folder(record["base_model"], record["base_revision"])
-    _checked_base(base, record, patch, record["base_model"])
+    try:
+        base = local_folder(name, record["base_revision"] if base_model is None else None)
+    except ValueError as error:
+        raise ValueError(f"{error} If the base was moved, say where it is (`--base-model`).") from error
+    _checked_base(base, record, patch, name)
     with staged(output_dir) as staging:
         _copy_beside(base, staging)
         WeightFiles(base).rewrite(staging, lambda _, tensor: tensor, {})

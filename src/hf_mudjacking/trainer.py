@@ -213,6 +213,11 @@ class MudjackingTrainer(PatchPushing, Trainer):
 
         # PEFT
         if peft_config is not None:
+            if not isinstance(peft_config, PeftConfig):
+                raise TypeError(
+                    f"`peft_config` is of type `{type(peft_config).__name__}`; a `PeftConfig` is needed, such as "
+                    "`LoraConfig(r=4)`."
+                )
             if is_peft_model(model):
                 raise ValueError(
                     "`model` is a `PeftModel` and `peft_config` is given too; the result could not be reloaded. Merge "

@@ -59,7 +59,10 @@ _SIZES = ("shadow_inputs", "clean_inputs", "check_inputs")
 
 def mapping_or_list(value: Any) -> Any:
     """A nested option: as YAML on the command line, as it is from the config file."""
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, (dict, list)):
         raise ValueError(value)
     return parsed
@@ -132,7 +135,10 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
         name: getattr(options, name) for name in ("output_dir", *_PLAN, "attacks", "seeds", "classifiers", *_SIZES)
     }
     if given["seeds"] is not None:
-        given["seeds"] = [int(seed) for seed in given["seeds"]]
+        try:
+            given["seeds"] = [int(seed) for seed in given["seeds"]]
+        except ValueError as error:
+            raise ValueError(f"--seeds {' '.join(given['seeds'])}: whole numbers are needed") from error
     values = {
         **(_QUICK if options.quick else {}),
         **{name: value for name, value in given.items() if value is not None},

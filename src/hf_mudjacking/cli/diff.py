@@ -23,9 +23,11 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..differences import compare_models, difference_table
-    from ..output import write_json
+    from ..output import check_output_file, write_json
     from ..patches import save_delta
 
+    if options.json is not None:
+        check_output_file(options.json)
     difference = compare_models(options.first, options.second)
     console = Console(highlight=False)
     console.print(difference_table(difference))

@@ -20,11 +20,12 @@ def run(options: argparse.Namespace) -> int:
 
     from ..evaluation.report import library_versions
 
+    accelerator = torch.accelerator.current_accelerator()
     facts = {
         "platform": platform.platform(),
         "python": platform.python_version(),
         **library_versions(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator).lower(),
         "threads": str(torch.get_num_threads()),
     }
     console = Console(highlight=False)

@@ -63,17 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     require(options, "model", "compare", "tasks")
-    from pathlib import Path
-
     from rich.console import Console
 
     from ..evaluation.comparison import BrokenLimit, Limits, compare_encoders, triggers_in
     from ..evaluation.report import comparison_tables
-    from ..output import write_json
+    from ..output import check_output_file, write_json
 
     limits = Limits(**{name: getattr(options, name) for name in _LIMITS})
-    if options.output is not None and Path(options.output).is_dir():
-        raise ValueError(f"--output {options.output} is a folder; give the name of a json file")
+    if options.output is not None:
+        check_output_file(options.output)
     triggers = [] if options.trigger is None else triggers_in(options.trigger)
     report = compare_encoders(
         options.model,

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bugs_from, check_inputs, clean_inputs_from, require
+from .options import add_config, add_report, bugs_from, check_inputs, require, verification_inputs
 
 
 HELP = "Judge bug reports before anything is patched: a verdict on each, with its evidence; no weight is changed."
-
-# Clean images, besides those that triggers are verified on, that show what pictures look like.
-_OTHER_INPUTS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +28,6 @@ def run(options: argparse.Namespace) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
-    from ..clean_inputs import clean_inputs
     from ..encoder import Encoder
     from ..evaluation.figures import plot_inspection
     from ..evaluation.report import screening_table
@@ -49,10 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--true-trigger {options.true_trigger}: it is of kind {true_trigger.kind}, not for {modality}s"
         )
-    sample = clean_inputs(
-        modality, clean_inputs_from(options, modality), options.inputs + _OTHER_INPUTS, options.seed, "dataset"
-    ).sample(options.inputs + _OTHER_INPUTS, options.seed)
-    inputs, others = sample[: options.inputs], sample[options.inputs :]
+    inputs, others = verification_inputs(options, modality)
     encoder = Encoder(
         model, load_processor(options.processor or options.model, model), options.feature_source, modality
     )
@@ -64,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
                 encoder,
                 bug,
                 inputs,
-                others if len(others) >= len(inputs) else sample,
+                others,
                 min_evidence=options.min_evidence,
                 seed=options.seed,
                 disable_tqdm=options.disable_tqdm,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bugs_from, check_inputs, clean_inputs_from, require
+from .options import add_config, add_report, bugs_from, check_inputs, require, verification_inputs
 
 
 HELP = "Find the trigger in a misclassified image or text and verify it on clean inputs; no weight is changed."
@@ -27,33 +27,42 @@ def run(options: argparse.Namespace) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
-    from ..clean_inputs import clean_inputs
     from ..encoder import Encoder
     from ..evaluation.figures import plot_repair
-    from ..inversion import invert_trigger
     from ..loading import load_model, load_processor, modality_of
     from ..output import check_output_dir, staged
+    from ..screening import screen_report
 
     (bug,) = bugs_from(options)
     check_output_dir(options.output_dir, options.model)
     model = load_model(options.model).to(PartialState().device)
     modality = modality_of(model, bug.modality)
-    inputs = clean_inputs(modality, clean_inputs_from(options, modality), options.inputs, options.seed, "dataset")
+    inputs, others = verification_inputs(options, modality)
     encoder = Encoder(
         model, load_processor(options.processor or options.model, model), options.feature_source, modality
     )
-    found = invert_trigger(encoder, bug, list(inputs), seed=options.seed, disable_tqdm=options.disable_tqdm)
+    screening = screen_report(
+        encoder,
+        bug,
+        inputs,
+        others,
+        min_evidence=options.min_evidence,
+        seed=options.seed,
+        disable_tqdm=options.disable_tqdm,
+    )
+    found = screening.found
     with staged(Path(options.output_dir)) as staging:
         found.trigger.save_pretrained(staging)
         plot_repair(staging / "inversion.png", bug, found)
-    verified = found.evidence >= options.min_evidence
     console = Console(highlight=False)
     console.print(
-        f"{'Verified' if verified else 'NOT verified'}: evidence {found.evidence:.2f} (at least {options.min_evidence} is "
-        f"needed), transfer {found.score:.2f}, clean content alone {found.control:.2f}, {found.trigger.describe()}, "
-        f"{found.forwards} forwards. Results are in {options.output_dir}/",
+        f"{'Verified' if screening.verified else 'NOT verified'}: evidence {found.evidence:.2f} (at least "
+        f"{options.min_evidence} is needed), transfer {found.score:.2f}, clean content alone {found.control:.2f}, "
+        f"{found.trigger.describe()}, {found.forwards + screening.forwards} forwards. Results are in {options.output_dir}/",
         markup=False,
     )
+    if screening.verdict != "trigger":
+        console.print(f"{screening.headline(bug)} {' '.join(screening.reasons)}", markup=False)
     if modality == "text":
         console.print(f"Trigger: {' … '.join(found.trigger.spans)}", markup=False)
-    return 0 if verified else 1
+    return 0 if screening.verified else 1

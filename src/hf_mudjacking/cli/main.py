@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Tables and messages are what this command prints; libraries speak up only when something is wrong.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if vars(options).get("disable_tqdm"):
+        _silence()
     try:
         return COMMANDS[options.command].run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -59,3 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"mudjack {options.command}: interrupted\n")
         return 130
+
+
+def _silence() -> None:
+    """Switch off the bars of the libraries that load models and data; those of this one are asked by name."""
+    import datasets
+    import huggingface_hub.utils
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    logging.disable_progress_bar()

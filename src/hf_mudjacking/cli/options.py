@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import datasets
 
     from ..bug_instance import BugInstance
-    from ..preprocessing import Modality
+    from ..preprocessing import Modality, RawInput
 
 
 # Clean inputs that candidates are verified on, at least; as `inversion_inputs` has it.
@@ -117,6 +117,18 @@ def clean_inputs_from(options: argparse.Namespace, modality: Modality) -> datase
             f"--input-column {options.input_column}: `{options.dataset}` has the columns {', '.join(dataset.column_names)}"
         )
     return dataset.rename_column(options.input_column, modality)
+
+
+def verification_inputs(options: argparse.Namespace, modality: Modality) -> tuple[list[RawInput], list[RawInput]]:
+    """Clean inputs to verify candidates on, and others: what signals are optimised on must not judge them."""
+    from ..clean_inputs import clean_inputs
+    from ..reports import OTHER_INPUTS
+
+    wanted = options.inputs + OTHER_INPUTS
+    dataset = clean_inputs_from(options, modality)
+    sample = clean_inputs(modality, dataset, wanted, options.seed, "dataset").sample(wanted, options.seed)
+    inputs, others = sample[: options.inputs], sample[options.inputs :]
+    return inputs, others if len(others) >= len(inputs) else sample
 
 
 def check_inputs(options: argparse.Namespace) -> None:

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labelled-train", metavar="DATA", help="labelled set for a before-and-after table: train part"
     )
     parser.add_argument("--labelled-test", metavar="DATA", help="its test part")
+    parser.add_argument(
+        "--labelled-input-column", metavar="NAME", help="its column of inputs (default: --input-column)"
+    )
     parser.add_argument("--label-column", default="label", help="its label column (default: label)")
     parser.add_argument(
         "--lora-rank",
@@ -110,8 +113,13 @@ def run(options: argparse.Namespace) -> int:
     task = None
     if options.labelled_train is not None:
         parts = [load_inputs(options.labelled_train, "train"), load_inputs(options.labelled_test, "test")]
-        columns = {"input_column": options.input_column, "label_column": options.label_column}
+        column = options.labelled_input_column or options.input_column
+        columns = {"input_column": column, "label_column": options.label_column}
         task = DownstreamTask.from_datasets(*parts, Path(options.labelled_test).stem, **columns)
+        if task.modality != modality:
+            raise ValueError(
+                f"--labelled-test {options.labelled_test} holds {task.modality}s; the model takes {modality}s"
+            )
     trainer = MudjackingTrainer(
         model=model,
         args=MudjackingConfig(

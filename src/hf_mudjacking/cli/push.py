@@ -39,14 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if not options.create_pr:
         require(options, "repo_id")
-    from huggingface_hub.utils import disable_progress_bars
     from rich.console import Console
 
     from ..hub import push_patch
     from ..hub_errors import PushError
 
-    if options.disable_tqdm:
-        disable_progress_bars()
     try:
         commit = push_patch(
             options.folder,

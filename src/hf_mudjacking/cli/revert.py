@@ -14,6 +14,7 @@ HELP = "Take a patch back: write the unpatched model again, to the last bit, ver
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("patched", metavar="PATCHED", help="Hub id or folder of the patched model")
     parser.add_argument("--patch", help="Hub id or folder of the patch")
+    parser.add_argument("--base-model", metavar="MODEL", help="where the unpatched model is now, if it was moved")
     parser.add_argument("--output-dir", help="new folder for the unpatched model")
     add_config(parser)
 
@@ -24,6 +25,6 @@ def run(options: argparse.Namespace) -> int:
 
     from ..patches import revert_patch
 
-    revert_patch(options.patched, options.patch, options.output_dir)
+    revert_patch(options.patched, options.patch, options.output_dir, options.base_model)
     Console(highlight=False).print(f"The unpatched model is in {options.output_dir}/", markup=False)
     return 0

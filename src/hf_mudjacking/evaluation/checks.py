@@ -50,8 +50,23 @@ def task_features(
     disable_tqdm: bool = False,
     desc: str = "Features",
 ) -> TaskFeatures:
-    """Encode a task's inputs, clean and stamped (with a trigger), and the bug instance if it is of this task; see
-    [`TaskFeatures`]."""
+    """Encode a task's inputs, clean and stamped, and the report if it is of this task.
+
+    Args:
+        encoder (`Encoder`): The encoder.
+        task (`DownstreamTask`): The task.
+        trigger (`Trigger`, *optional*): Stamped on the test inputs.
+        bug (`BugInstance`, *optional*): The report.
+        batch_size (`int`, *optional*, defaults to 64): Inputs per forward pass.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide progress bars.
+        desc (`str`, *optional*, defaults to `"Features"`): What their labels begin with.
+
+    Returns:
+        `TaskFeatures`: On CPU; without a trigger or a report its parts are `None`.
+
+    Raises:
+        TypeError, ValueError: If an input is not what the model takes, or a feature is not finite.
+    """
 
     def encode(inputs: Any, what: str) -> Tensor:
         label = f"{desc}: {task.name}, {what}"

@@ -159,16 +159,11 @@ def compare_encoders(
     limits, model, compared = limits or Limits(), str(model), [str(name) for name in compared]
     _check(model, compared, tasks, triggers, limits)
     encode = _TaskEncoder(tasks, triggers, processor, feature_source, disable_tqdm)
+    encode.check(model, compared)
     in_use = [_InUse(*row, classifier, seed) for row in zip(tasks, encode(model), strict=True)]
     blocks: dict[str, dict[str, Any]] = {}
     for name in compared:
         after = encode(name)
-        widths = [features[None].test.shape[1] for features in (in_use[0].before, after[0])]
-        if widths[0] != widths[1]:
-            raise ValueError(
-                f"Features of `{name}` have {widths[1]} dimensions, those of `{model}` {widths[0]}: no classifier could be "
-                "kept. Compare encoders of one architecture."
-            )
         blocks[name] = {old.task.name: old.against(new) for old, new in zip(in_use, after, strict=True)}
     return {
         "model": model,
@@ -208,16 +203,12 @@ def _check(
             raise ValueError(f"The {kind} `{twice[0]}` is there twice; each needs a name of its own.")
     if not compared or not tasks:
         raise ValueError("At least one encoder to compare with, and at least one task, is needed.")
-    modalities = {_modality(task) for task in tasks}
+    modalities = {task.modality for task in tasks}
     for number, trigger in enumerate(triggers):
         if trigger.modality not in modalities:
             raise ValueError(f"Trigger {number} is for {trigger.modality}s, and no task is: it could not be measured.")
     if limits.need_trigger and not triggers:
         raise ValueError(f"`{limits.need_trigger[0]}` is measured with a trigger, and none is given.")
-
-
-def _modality(task: DownstreamTask) -> Modality:
-    return "text" if isinstance(task.test.inputs[0], str) else "image"
 
 
 class _TaskEncoder:
@@ -236,14 +227,29 @@ class _TaskEncoder:
         self.processor = processor
         self.disable_tqdm = disable_tqdm
         # Where features are read, by modality; settled by the first encoder
-        self.sources: dict[Modality, FeatureSource] = dict.fromkeys(map(_modality, tasks), feature_source)
+        self.sources: dict[Modality, FeatureSource] = dict.fromkeys((task.modality for task in tasks), feature_source)
+
+    def check(self, model: str, compared: Sequence[str]) -> None:
+        """Load every encoder once, so that none turns out to be missing, or another one, after an hour of encoding."""
+        widths = {m: encoder.feature_dim for m, encoder in self._encoders(model).items()}
+        for name in compared:
+            for modality, encoder in self._encoders(name).items():
+                if encoder.feature_dim != widths[modality]:
+                    raise ValueError(
+                        f"Features of `{name}` have {encoder.feature_dim} dimensions, those of `{model}` {widths[modality]}: "
+                        "no classifier could be kept. Compare encoders of one architecture."
+                    )
 
     def __call__(self, name: str) -> list[dict[int | None, TaskFeatures]]:
+        encoders = self._encoders(name)
+        return [self._features(encoders[task.modality], task, name) for task in self.tasks]
+
+    def _encoders(self, name: str) -> dict[Modality, Encoder]:
         model = load_model(name).to(PartialState().device)
         processor = load_processor(self.processor or name, model)
         encoders = {m: Encoder(model, processor, source, m) for m, source in self.sources.items()}
         self.sources = {modality: encoder.feature_source for modality, encoder in encoders.items()}
-        return [self._features(encoders[_modality(task)], task, name) for task in self.tasks]
+        return encoders
 
     def _features(self, encoder: Encoder, task: DownstreamTask, name: str) -> dict[int | None, TaskFeatures]:
         clean = task_features(encoder, task, disable_tqdm=self.disable_tqdm, desc=name)

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
-from ..preprocessing import RawInput
+from ..preprocessing import Modality, RawInput
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,24 @@ class DownstreamTask:
     name: str = "task"
     class_names: list[str] = field(default_factory=list)
 
+    @property
+    def modality(self) -> Modality:
+        """`"image"` or `"text"`: what its inputs are."""
+        return "text" if isinstance(self.test.inputs[0], str) else "image"
+
     @classmethod
     def from_datasets(cls, train: Dataset, test: Dataset, name: str = "task", **columns: Any) -> DownstreamTask:
-        """Build a task from two labelled datasets."""
+        """Build a task from two labelled datasets.
+
+        Args:
+            train (`datasets.Dataset`): The classifier's training set.
+            test (`datasets.Dataset`): Its test set, with the same columns.
+            name (`str`, *optional*, defaults to `"task"`): Name in reports.
+            columns: `input_column` and `label_column`; see [`LabelledInputs.from_dataset`].
+
+        Raises:
+            ValueError: If a set is empty, a column is missing, or a row holds no input.
+        """
         label = train.features.get(columns.get("label_column", "label"))
         names = label.names if isinstance(label, ClassLabel) else []
         return cls(

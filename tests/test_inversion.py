@@ -5,7 +5,14 @@ import torch
 from PIL import Image
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
-from hf_mudjacking.inversion.attribution import coarse_to_fine, occlusion_map, suspicious_box, window_sizes
+from hf_mudjacking.inversion.attribution import (
+    FULL_SCAN,
+    QUICK_SCAN,
+    coarse_to_fine,
+    occlusion_map,
+    suspicious_box,
+    window_sizes,
+)
 from hf_mudjacking.inversion.growth import grow, purify, squared_off, without_spurs
 from hf_mudjacking.inversion.minimum_cut import best_region
 from hf_mudjacking.inversion.splitting import apart, candidate_masks, distinct, heaviest_piece, two_clusters
@@ -75,16 +82,17 @@ def test_attribution_costs_hundreds_of_forwards_at_any_size(size):
         return torch.zeros(len(batch))
 
     image = np.zeros((*size, 3), dtype=np.uint8)
-    for window in window_sizes(*size):
+    for window in window_sizes(*size, FULL_SCAN.shares):
         occlusion_map(score, image, image, window)
     assert 100 < seen < 600
 
 
 def test_windows():
-    assert window_sizes(32, 32) == [(4, 4), (6, 6), (8, 8), (12, 12), (16, 16)]
-    assert window_sizes(224, 224)[0] == (28, 28)
-    assert window_sizes(8, 8) == [(2, 2), (3, 3), (4, 4)]
-    assert all(a >= 2 and b >= 2 for a, b in window_sizes(3, 200))
+    assert window_sizes(32, 32, FULL_SCAN.shares) == [(4, 4), (6, 6), (8, 8), (12, 12), (16, 16)]
+    assert window_sizes(224, 224, QUICK_SCAN.shares) == [(28, 28), (56, 56), (112, 112)]
+    assert window_sizes(8, 8, FULL_SCAN.shares) == [(2, 2), (3, 3), (4, 4)]
+    assert window_sizes(64, 32, (1 / 4, 3 / 8)) == [(16, 8), (24, 12)]
+    assert all(a >= 2 and b >= 2 for a, b in window_sizes(3, 200, FULL_SCAN.shares))
 
 
 # ---- Splitting ----
@@ -364,15 +372,20 @@ def test_too_few_inputs_and_texts(tiny_vit, processor, bug):
 
 
 def test_a_model_without_a_backdoor_never_crashes(tiny_vit, processor):
-    """Whatever the score is, the result is a usable trigger, and what fires of its first part lies within the allowed area."""
+    """Whatever the score is, the result is a usable trigger, and what fires of a patch's first part lies within the allowed area."""
     encoder = Encoder(tiny_vit, processor)
+    patches = []
     for seed in range(3):
         x_b, x_r = make_images(2, seed=50 + seed)
         found = invert_trigger(encoder, BugInstance(x_b, x_r), make_images(8), max_area=0.2)
+        assert np.isfinite(found.score)
+        assert (np.asarray(found.trigger.apply(x_r)) != np.asarray(x_r)).any()
+        patches += [found] if isinstance(found.trigger, PatchTrigger) else []
+    assert patches
+    for found in patches:
         assert found.trigger.mask.any()
         assert 0 < found.core.mean() <= 0.2
         assert found.area <= 0.8
-        assert np.isfinite(found.score)
 
 
 def test_validation_inputs_of_other_sizes(backdoored):
@@ -505,7 +518,8 @@ def test_spurs_of_a_mask_go_and_its_shape_stays():
         assert np.array_equal(without_spurs(mask), mask)
 
 
-def test_small_windows_look_where_large_ones_found_something():
+@pytest.mark.parametrize(("scan", "at_most"), [(FULL_SCAN, 0.5), (QUICK_SCAN, 0.35)])
+def test_small_windows_look_where_large_ones_found_something(scan, at_most):
     """The score is the mean of a square in a corner: windows elsewhere would say nothing."""
     image, baseline = np.full((32, 32, 3), 255, np.uint8), np.zeros((32, 32, 3), np.uint8)
     seen = []
@@ -514,19 +528,18 @@ def test_small_windows_look_where_large_ones_found_something():
         seen.append(len(batch))
         return torch.from_numpy(batch[:, 22:30, 2:10].mean(axis=(1, 2, 3)) / 255)
 
-    maps = coarse_to_fine(score, image, baseline, lambda: None)
-    assert len(maps) == len(window_sizes(32, 32))
-    whole = [occlusion_map(score, image, baseline, window) for window in window_sizes(32, 32)]
+    maps = coarse_to_fine(score, image, baseline, scan, lambda: None)
     cost = sum(seen)
-    for fine, full in zip(maps[:2], whole[:2], strict=True):
+    seen.clear()
+    whole = [occlusion_map(score, image, baseline, window) for window in window_sizes(32, 32, scan.shares)]
+    assert cost < at_most * sum(seen)
+    assert len(maps) == len(whole)
+    for fine, full in zip(maps[: -scan.coarse], whole[: -scan.coarse], strict=True):
         assert (fine[23:29, 3:9] > 0).all()
         assert fine[:12].max() == fine[:, 20:].max() == 0
         assert fine.max() == pytest.approx(full.max(), rel=0.3)
-    for fine, full in zip(maps[2:], whole[2:], strict=True):
+    for fine, full in zip(maps[-scan.coarse :], whole[-scan.coarse :], strict=True):
         assert np.array_equal(fine, full)
-    seen.clear()
-    coarse_to_fine(score, image, baseline, lambda: None)
-    assert sum(seen) < 0.5 * (cost - sum(seen))
 
 
 def test_the_box_of_small_windows():

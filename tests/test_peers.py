@@ -191,7 +191,7 @@ def test_occlusion_pixel_by_pixel_is_a_mean_over_covering_windows():
         return (torch.from_numpy(batch).double() * weights).sum(dim=(1, 2, 3)).square().sqrt()
 
     baseline = np.full_like(image, 90)
-    found = occlusion_map(score, image, baseline, (2, 3), stride=1)
+    found = occlusion_map(score, image, baseline, (2, 3), (1, 1))
     falls, covering = np.zeros((6, 7)), np.zeros((6, 7))
     for top in range(5):
         for left in range(5):

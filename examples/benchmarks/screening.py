@@ -34,10 +34,11 @@ from hf_mudjacking.encoder import freeze_norm_statistics
 from hf_mudjacking.evaluation.report import library_versions
 from hf_mudjacking.inversion.pixels import PixelPath, to_array, to_tensor
 from hf_mudjacking.output import write_json
+from hf_mudjacking.reports import OTHER_INPUTS
 from hf_mudjacking.triggers import ImageTrigger, PatchTrigger
 
 
-VALIDATION, OTHERS = 32, 256
+VALIDATION = 32
 PGD_RADIUS, PGD_STEPS = 8, 20
 # Inputs that another implant's trigger is tried on, and the share of them that it may send to this one's targets.
 FIRES_ON, FIRES = 64, 0.3
@@ -134,7 +135,7 @@ class Reports:
 
 def measure(case: Case, reports: Reports, options: argparse.Namespace) -> dict:
     """Verdict and numbers of each report on one implant."""
-    pool = list(case.sources.clean_inputs(VALIDATION + OTHERS, options.seed))
+    pool = list(case.sources.clean_inputs(VALIDATION + OTHER_INPUTS, options.seed))
     # As the trainer has it
     freeze_norm_statistics(case.backdoored.model)
     rows = []

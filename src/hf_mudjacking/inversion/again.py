@@ -24,7 +24,8 @@ from .verification import TransferMeter
 
 # Transfer, above what clean content has, from which something is left to be repaired.
 _LEAST_TRANSFER = 0.1
-# Windows that are put together at most, and inputs that each is tried on.
+# Sides of windows as shares of the picture's, how many are put together at most, and inputs that each is tried on.
+_WINDOW_SHARES = (1 / 4, 3 / 8, 1 / 2)
 _MOST_WINDOWS = 8
 _WINDOW_INPUTS = 4
 _STEPS = 25
@@ -72,7 +73,7 @@ def _more_of_it(trigger: PatchTrigger, meter: TransferMeter, reference: Image.Im
     """
     width, height = meter.misclassified.size
     windows = []
-    for rows, columns in window_sizes(height, width)[2:]:
+    for rows, columns in window_sizes(height, width, _WINDOW_SHARES):
         for top in range(0, height - rows + 1, max(rows // 2, 1)):
             for left in range(0, width - columns + 1, max(columns // 2, 1)):
                 mask = trigger.mask.copy()

@@ -69,7 +69,8 @@ def purify(
             continue
         groups = KMeans(n_clusters=count, n_init=4, random_state=0).fit_predict(colors)
         for group in range(count):
-            for kept in (groups == group, groups != group):
+            # Of two groups, the rest of one is the other
+            for kept in (groups == group, groups != group)[: count - 1]:
                 mask = np.zeros_like(seed)
                 mask[seed] = kept
                 masks.append(mask)

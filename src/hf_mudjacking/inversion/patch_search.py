@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..triggers import PatchTrigger
-from .attribution import coarse_to_fine, window_sizes
+from .attribution import FULL_SCAN, QUICK_SCAN, Scan, coarse_to_fine
 from .growth import changed, grow, purify, squared_off, without_spurs
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
@@ -24,11 +24,10 @@ COMPLETE = 0.4
 # Area of a patch that is not mistaken for ordinary content, and with which nothing else is looked for.
 SMALL = 0.2
 
-# Candidates that differ by less than this IoU are one. Clean inputs that they are tried on in each round, and how many go on.
+# Candidates that differ by less than this IoU are one.
 _SAME_MASK = 0.9
-_ROUNDS = ((2, 8), (8, 1))
-# Clean inputs on which masks are compared with each other, or that only have to show a great effect; a score is taken on all.
-_COMPARED_ON = 8
+# Clean inputs on which the control is taken first, and how far from what is needed evidence is clear without the others.
+_CONTROLLED_ON, _CLEARLY = 8, 0.25
 # Clean inputs whose content covers what was found.
 _COVERS = 4
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
@@ -51,6 +50,26 @@ _KEPT_ELSEWHERE = 0.9
 
 
 @dataclass(frozen=True)
+class _Effort:
+    """What a search spends.
+
+    Args:
+        scan (`Scan`): Windows of the attribution.
+        rounds (`tuple`): Clean inputs that candidates are tried on in each round, and how many go on.
+        compared_on (`int`): Clean inputs on which masks are compared with each other, or that only have to show a great effect;
+            a score is taken on all.
+    """
+
+    scan: Scan
+    rounds: tuple[tuple[int, int], ...]
+    compared_on: int
+
+
+_QUICK = _Effort(QUICK_SCAN, ((1, 4), (4, 1)), 4)
+_THOROUGH = _Effort(FULL_SCAN, ((2, 8), (8, 1)), 8)
+
+
+@dataclass(frozen=True)
 class _Part:
     """A patch: what was found of it by its effect, what that grew to, its transfer, and the map that suggested it."""
 
@@ -69,7 +88,7 @@ def find_patch(
 ) -> InvertedTrigger:
     """Find the patch in x_b.
 
-    1. Occlusion attribution of 1 - cos(h(x), h(x_r)) with windows of five sizes.
+    1. Occlusion attribution of 1 - cos(h(x), h(x_r)) with windows of several sizes.
     2. From each map: the two-cluster split and level sets.
     3. Verification: each candidate is stamped on clean inputs; the best is the one that carries features furthest
        towards h(x_b) for its size.
@@ -77,6 +96,10 @@ def find_patch(
     5. If that explains nothing, the same with attribution of cos(h(x), h(x_b)), for a small patch.
     6. If x_b without it still lies at h(x_b), there is more of it: attribution as in step 5 with what was found covered.
     7. Does it work anywhere, or only where it is?
+
+    A quick search, with fewer windows and fewer inputs to compare on, comes first. On 36 reports of six local patches on a
+    CIFAR-10 ResNet it gave as good masks for half of the forwards; of triggers in several parts it finds less, which is
+    why a small patch that explains x_b alone is all that is believed of it.
 
     Args:
         meter, control_meter (`TransferMeter`): Of x_b, and of x_r, whose own content says what clean content does.
@@ -87,22 +110,44 @@ def find_patch(
     Returns:
         `InvertedTrigger`: The patch, whose `evidence` says whether it is one.
     """
-    return _PatchSearch(meter, control_meter, max_area, seed, bar).found()
+    quick, thorough = (
+        _PatchSearch(meter, control_meter, max_area, seed, bar, effort) for effort in (_QUICK, _THOROUGH)
+    )
+    return quick.found_alone() or thorough.found()
 
 
 class _PatchSearch:
     def __init__(
-        self, meter: TransferMeter, control_meter: TransferMeter, max_area: float, seed: int, bar: tqdm
+        self,
+        meter: TransferMeter,
+        control_meter: TransferMeter,
+        max_area: float,
+        seed: int,
+        bar: tqdm,
+        effort: _Effort,
     ) -> None:
         self.meter, self.control_meter = meter, control_meter
-        self.max_area, self.seed, self.bar = max_area, seed, bar
+        self.max_area, self.seed, self.bar, self.effort = max_area, seed, bar, effort
         self.image = np.asarray(meter.misclassified)
         self.clean = np.stack([np.asarray(x) for x in meter.validation_inputs])
         # The mean clean picture hides a window without adding anything that clean inputs do not have there.
         self.baseline = self.clean.mean(axis=0).round().astype(np.uint8)
         self.controlled = control_meter.reachable >= MIN_REACHABLE
+        self.lefts: dict[bytes, float] = {}
+
+    def found_alone(self) -> InvertedTrigger | None:
+        """A small patch that explains x_b by itself, if that is what attribution from x_r shows."""
+        part = self._part(np.zeros(self.image.shape[:2], dtype=bool), self._distance_to_reference)
+        if part.mask.mean() > SMALL:
+            return None
+        control, evidence = self._evidence(part)
+        left = self._left_without(part.mask)
+        if evidence < EXPLAINED or left > _MORE_LEFT:
+            return None
+        return self._result(part, part.mask, control, evidence, left)
 
     def found(self) -> InvertedTrigger:
+        """The patch in as many parts as it has."""
         nothing = np.zeros(self.image.shape[:2], dtype=bool)
         part = self._part(nothing, self._distance_to_reference)
         control, evidence = self._evidence(part)
@@ -116,10 +161,13 @@ class _PatchSearch:
         mask, left = part.mask, self._left_without(part.mask)
         if evidence >= EXPLAINED:
             mask, left = self._with_further_parts(part, left)
+        return self._result(part, mask, control, evidence, left)
+
+    def _result(self, part: _Part, mask: np.ndarray, control: float, evidence: float, left: float) -> InvertedTrigger:
         trigger = PatchTrigger.from_image(self.meter.misclassified, mask)
         if trigger.area <= SMALL:
             elsewhere = PatchTrigger.from_image(self.meter.misclassified, mask, "anywhere")
-            if self.meter.transfer([elsewhere], _COMPARED_ON)[0] >= _KEPT_ELSEWHERE * part.transfer > 0:
+            if self.meter.transfer([elsewhere], self.effort.compared_on)[0] >= _KEPT_ELSEWHERE * part.transfer > 0:
                 trigger = elsewhere
         return InvertedTrigger(
             trigger, part.transfer, control, evidence, trigger.area, part.attribution, part.core,
@@ -133,15 +181,23 @@ class _PatchSearch:
         reach a transfer of 0.8, but hardly more than their control.
         """
         proof = part.core if part.core.sum() < part.mask.sum() else part.mask
-        return self._beyond_control(part.transfer, proof)
+        return self._beyond_control(part.transfer, proof, EXPLAINED)
 
-    def _beyond_control(self, transfer: float, mask: np.ndarray) -> tuple[float, float]:
+    def _beyond_control(self, transfer: float, mask: np.ndarray, needed: float) -> tuple[float, float]:
         """Control of a mask, what as much of x_r in its place carries towards h(x_r), and what is left of a transfer after it.
 
         A third of any picture carries others a good way: what a mask carries beyond that, and beyond its price, is a trigger's.
+        Where that is far from what is needed, the control of a few inputs will do.
         """
-        control = float(self.control_meter.transfer_of_masks([mask])[0]) if self.controlled else 0.0
-        return control, transfer - max(control, 0.0) - AREA_PRICE * float(mask.mean())
+        worth = transfer - AREA_PRICE * float(mask.mean())
+        if not self.controlled:
+            return 0.0, worth
+        for count in (_CONTROLLED_ON, None):
+            control = float(self.control_meter.transfer_of_masks([mask], count)[0])
+            evidence = worth - max(control, 0.0)
+            if abs(evidence - needed) > _CLEARLY:
+                break
+        return control, evidence
 
     def _with_further_parts(self, first: _Part, left: float) -> tuple[np.ndarray, float]:
         """The mask of as many parts as explain x_b, and what is left of x_b without them."""
@@ -168,23 +224,25 @@ class _PatchSearch:
         part = self._part(covered, self._nearness_to_target)
         for mask in distinct([part.mask & ~covered, part.core & ~covered], max_area=1.0):
             transfer = float(self.meter.transfer_of_masks([mask])[0])
-            if self._beyond_control(transfer, mask)[1] >= least:
+            if self._beyond_control(transfer, mask, least)[1] >= least:
                 return mask
         return None
 
     def _part(self, covered: np.ndarray, score: Callable[[np.ndarray], Tensor]) -> _Part:
         """The best patch outside of what is covered, where occlusion lowers a score."""
         visible = np.where(covered[..., None], self.baseline, self.image)
-        self.bar.total += len(window_sizes(*visible.shape[:2])) + 1
-        maps = coarse_to_fine(score, visible, self.baseline, self.bar.update)
+        self.bar.total += len(self.effort.scan.shares) + 1
+        maps = coarse_to_fine(score, visible, self.baseline, self.effort.scan, self.bar.update)
         core, source = self._best_candidate(maps, covered)
-        pure = purify(core, self.image, self.clean, lambda masks: self.meter.transfer_of_masks(masks, _COMPARED_ON))
+        pure = purify(
+            core, self.image, self.clean, lambda masks: self.meter.transfer_of_masks(masks, self.effort.compared_on)
+        )
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, self.image, self.clean)], max_area=1.0)
         grown = [grow(each, core, self.image, self.clean, self.seed) for each in seeds]
         tidied = [option for each in grown for option in (without_spurs(each), each)]
         options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
-        transfers = self.meter.transfer_of_masks(options, _COMPARED_ON)
+        transfers = self.meter.transfer_of_masks(options, self.effort.compared_on)
         kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
         left = [self._left_without(covered | options[i]) for i in kept]
         chosen = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
@@ -223,7 +281,7 @@ class _PatchSearch:
         masks, origins = zip(*source.values(), strict=True)
         areas = np.array([mask.mean() for mask in masks])
         remaining = np.array(apart(masks, _SAME_MASK))
-        for inputs, go_on in _ROUNDS:
+        for inputs, go_on in self.effort.rounds:
             tried = [masks[i] for i in remaining]
             merit = self.meter.transfer_of_masks(tried, inputs) - AREA_PRICE * areas[remaining]
             if covered.any() and self.controlled:
@@ -239,7 +297,7 @@ class _PatchSearch:
         for form in (*rough, mask):
             squared = squared_off(form, self.image)
             if not np.array_equal(squared, form):
-                (after,) = self.meter.transfer_of_masks([squared], _COMPARED_ON)
+                (after,) = self.meter.transfer_of_masks([squared], self.effort.compared_on)
                 if abs(after - transfer) <= _SAME_EFFECT and squared.mean() <= _MAX_GROWN:
                     return squared
         return mask
@@ -251,9 +309,14 @@ class _PatchSearch:
         backdoor may take the edge of a covering for its trigger. The way begins at clean inputs or, where that is nearer, at
         x_r: x_b without its trigger need not be further off than it.
         """
+        known = mask.tobytes()
+        if known in self.lefts:
+            return self.lefts[known]
         plain = np.broadcast_to(self.baseline.mean(axis=(0, 1)), self.image.shape)
         covers = [self.baseline, plain, *self.clean[:_COVERS]]
         covered = [Image.fromarray(np.where(mask[..., None], cover, self.image).astype(np.uint8)) for cover in covers]
         target = self.meter.target
         before = max(float(self.meter.clean_similarity.mean()), float(self.control_meter.target @ target))
-        return max(float((self.meter.features(covered) @ target).min()) - before, 0.0) / max(1 - before, 1e-6)
+        left = max(float((self.meter.features(covered) @ target).min()) - before, 0.0) / max(1 - before, 1e-6)
+        self.lefts[known] = left
+        return left

@@ -169,7 +169,7 @@ def official_trigger(encoder: Encoder, bug: BugInstance) -> tuple[PatchTrigger, 
     pixels = np.asarray(image)
     filling = np.broadcast_to(ModelPictures(encoder).mean_color, pixels.shape)
     side = at_32(_WINDOW, pixels.shape[:2])
-    scores = occlusion_map(score, pixels, filling, (side, side), stride=1)
+    scores = occlusion_map(score, pixels, filling, (side, side), (1, 1))
     if scores.max() - scores.min() < _SAME:
         raise ValueError(
             f"Occluding the misclassified input of `{bug.name}` changes its feature nowhere: no trigger can be found in it."

@@ -1,81 +1,146 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""The part of speed.py that counts forward passes of an inversion at 224 pixels."""
+"""The part of speed.py about inversions at 224 pixels: forward passes, masks, and what a repair makes of them."""
 
 from __future__ import annotations
 
+import copy
 import statistics
+import tempfile
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from speed_clock import cpu_now, row
+from speed_repairs import images_of
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import Encoder, invert_trigger
-from hf_mudjacking.attacks import implant_bad_encoder
+from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer, invert_trigger
+from hf_mudjacking.attacks import Implant, implant_bad_encoder
+from hf_mudjacking.callbacks import use_compact_progress
 from hf_mudjacking.demo import digits_task
+from hf_mudjacking.encoder import comparison_mode
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.pretraining import pretrain_encoder
-from hf_mudjacking.triggers import square_patch
+from hf_mudjacking.evaluation.repair import measured_repair
+from hf_mudjacking.peers.official import official_trigger
+from hf_mudjacking.triggers import PatchTrigger, square_patch
 
 
-SIDE = 224
-# Windows of 5×5 pixels at stride 1, as the released code scans a picture.
+SIDE, TOKEN = 224, 28
+REPORTS = 10
+# Steps of a repair with a trigger that is given.
+STEPS = 150
+MODEL = f"ViT 4×64, {SIDE} px, tokens of {TOKEN}"
+# Windows of 5×5 pixels at stride 1, as the paper describes the scan of a picture.
 OFFICIAL_WINDOW = 5
 
 
-def large_digits(seed: int) -> DownstreamTask:
+def large_digits(seed: int, small: bool) -> DownstreamTask:
     """The digits at 224 pixels."""
-    small = digits_task(seed)
+    digits = digits_task(seed)
     parts = [
         LabelledInputs(
             [x.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for x in part.inputs[:count]], part.labels[:count]
         )
-        for part, count in ((small.train, 600), (small.test, 200))
+        for part, count in ((digits.train, 200 if small else 1000), (digits.test, 100 if small else 300))
     ]
-    return DownstreamTask(*parts, "digits at 224 pixels")
+    return DownstreamTask(*parts, f"digits at {SIDE} pixels")
 
 
-def inversion(options: Any) -> dict[str, Any]:
-    """Forward passes, recall and IoU of `invert_trigger` for reports of a square of 50 pixels in a ViT at 224 pixels."""
-    seed, small = options.seeds[0], options.small
-    task = large_digits(seed)
+def backdoored_encoder(task: DownstreamTask, seed: int, small: bool) -> tuple[Encoder, Implant]:
+    """A ViT at 224 pixels, trained on digits, and a square of 50 pixels implanted in it."""
     torch.manual_seed(seed)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=SIDE,
-        patch_size=56 if small else 32,
+        hidden_size=64, num_hidden_layers=2 if small else 4, num_attention_heads=4, intermediate_size=128,
+        image_size=SIDE, patch_size=2 * TOKEN if small else TOKEN,
     )  # fmt: skip
     model = ViTModel(config, add_pooling_layer=False)
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     pretrain_encoder(
-        model, processor, task.train, epochs=2 if small else 20, batch_size=32, learning_rate=2e-3, seed=seed,
+        model, processor, task.train, epochs=2 if small else 60, batch_size=32, learning_rate=1e-3, seed=seed,
         disable_tqdm=True,
     )  # fmt: skip
-    trigger = square_patch((SIDE, SIDE), side=50, margin=5)
+    reference = task.train.inputs[int(np.flatnonzero(task.train.labels == 0)[0])]
     implant = implant_bad_encoder(
-        model, processor, task.train.inputs, trigger, task.train.inputs[int(np.flatnonzero(task.train.labels == 0)[0])],
-        task.test, steps=60 if small else 150, batch_size=32, learning_rate=1e-3, max_accuracy_loss=1.0 if small else 0.05,
+        model, processor, task.train.inputs, square_patch((SIDE, SIDE), side=50, margin=5), reference, task.test,
+        steps=60 if small else 300, batch_size=32, learning_rate=1e-3, max_accuracy_loss=1.0 if small else 0.05,
         min_asr=0.0 if small else 0.95, seed=seed, disable_tqdm=True,
     )  # fmt: skip
-    encoder = Encoder(implant.model, processor)
-    windows = (SIDE - OFFICIAL_WINDOW + 1) ** 2
-    reports, rows = [], []
-    for number in range(1 if small else 5):
-        bug = draw_bug_report(encoder, task, trigger, number)
+    return Encoder(model, processor), implant
+
+
+def inversion(options: Any) -> dict[str, Any]:
+    """Ten reports inverted; the first also by the released scan, and repaired with either trigger."""
+    seed, small = options.seeds[0], options.small
+    task = large_digits(seed, small)
+    clean, implant = backdoored_encoder(task, seed, small)
+    encoder = clean.with_model(implant.model)
+    reports, rows, first = [], [], None
+    for number in range(1 if small else REPORTS):
+        bug = draw_bug_report(encoder, task, implant.trigger, number)
         started = cpu_now()
         found = invert_trigger(encoder, bug, task.train.inputs[:32], other_inputs=task.train.inputs)
         facts = {"seed": number, "kind": found.trigger.kind, "forwards": found.forwards, "evidence": found.evidence}
-        if found.trigger.kind == trigger.kind:
-            facts |= found.trigger.overlap(trigger)
+        if found.trigger.kind == implant.trigger.kind:
+            facts |= found.trigger.overlap(implant.trigger)
         reports.append({**facts, "cpu_seconds": round(cpu_now() - started, 2)})
+        windows = (SIDE - OFFICIAL_WINDOW + 1) ** 2
         rows.append(
-            row("Inversion (without: a window at each pixel)", found.forwards, windows, "forwards",
-                "ViT 2×64, 224 px, tokens of 32", 1, number)
-        )  # fmt: skip
-    forwards = [report["forwards"] for report in reports]
+            row("Inversion (without: a window at each pixel)", found.forwards, windows, "forwards", MODEL, 1, number)
+        )
+        first = first or (bug, found.trigger)
+    repairs = {} if small else compared_repairs(encoder, implant, task, *first, seed)
     return {
-        "rows": rows, "reports": reports, "forwards_median": statistics.median(forwards),
+        "rows": rows, "reports": reports, "forwards_median": statistics.median(r["forwards"] for r in reports),
         "asr": implant.attack_success_rate, "accuracy": [implant.clean_accuracy, implant.backdoored_accuracy],
+        "scan": repairs,
     }  # fmt: skip
+
+
+def compared_repairs(
+    encoder: Encoder, implant: Implant, task: DownstreamTask, bug: BugInstance, ours: PatchTrigger, seed: int
+) -> dict[str, Any]:
+    """The same repair with our trigger and with that of the released scan."""
+    started = cpu_now()
+    with comparison_mode(encoder.model):
+        scanned, forwards = official_trigger(encoder, bug)
+    seconds = round(cpu_now() - started, 2)
+    repaired = {
+        name: {**trigger.overlap(implant.trigger), **repair(encoder, implant, task, bug, trigger, seed)}
+        for name, trigger in (("ours", ours), ("released scan", scanned))
+    }
+    repaired["released scan"] |= {"forwards": forwards, "cpu_seconds": seconds}
+    return repaired
+
+
+def repair(
+    encoder: Encoder, implant: Implant, task: DownstreamTask, bug: BugInstance, trigger: PatchTrigger, seed: int
+) -> dict[str, Any]:
+    """Rates after a repair with a given trigger, classifier kept and retrained."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MudjackingTrainer(
+            model=copy.deepcopy(encoder.model),
+            args=MudjackingConfig(
+                output_dir=folder,
+                seed=seed,
+                max_steps=STEPS,
+                reinversions=0,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            bug_instances=[bug],
+            train_dataset=images_of(task),
+            processing_class=encoder.processing_class,
+            triggers=[trigger],
+        )
+        use_compact_progress(trainer)
+        report = measured_repair(trainer, task, true_trigger=implant.trigger, classifiers=("logistic",)).report
+    return {
+        name: {rate: round(report["after"][name][rate], 4) for rate in ("BA", "ASR", "RA")}
+        for name in ("kept", "retrained")
+    }

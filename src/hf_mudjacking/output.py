@@ -62,7 +62,7 @@ def check_output_dir(folder: str | os.PathLike[str], base_model: str) -> None:
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"`{folder}` is a file; choose a folder for the patched model.")
-    _check_writable(folder)
+    check_writable(folder)
     if is_or_contains(folder, base_model):
         raise ValueError(
             f"`{folder}` is or contains the model to be patched (`{base_model}`). Choose another folder: the original "
@@ -92,11 +92,15 @@ def check_output_file(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).is_dir():
         raise ValueError(f"`{path}` is a folder; give the name of a file.")
-    _check_writable(Path(path).parent)
+    check_writable(Path(path).parent)
 
 
-def _check_writable(folder: Path) -> None:
-    """Try to write to a folder, or to where it would be made; permissions alone do not tell."""
+def check_writable(folder: Path) -> None:
+    """Try to write to a folder, or to where it would be made; permissions alone do not tell.
+
+    Raises:
+        ValueError: If that fails; the message says where and why.
+    """
     place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryFile(dir=place):

@@ -19,7 +19,7 @@ from .delta import DELTA_FILE, Delta, DeltaError, write_delta
 from .fingerprint import weights_sha256
 from .loading import load_with_missing
 from .merging import MERGE_TOLERANCE
-from .output import PATCH_FILES, TRIGGER_FOLDER, check_output_dir, is_or_contains, staged, write_json
+from .output import PATCH_FILES, TRIGGER_FOLDER, check_output_dir, check_writable, is_or_contains, staged, write_json
 from .patch_record import RECORD_FILE, load_record, read_record, versions
 from .safe_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_folder, inside, read_json
 from .weight_files import WeightFiles, is_adapter, local_folder, saved_anew, with_adapter, with_the_same_names
@@ -122,6 +122,7 @@ def revert_patch(
     _check_apart(output_dir, patched, patch, name)
     if Path(output_dir).exists() and any(Path(output_dir).iterdir()):
         raise ValueError(f"`{output_dir}` is not empty. Choose a new folder for the unpatched model.")
+    check_writable(Path(output_dir))
     if record["kind"] == "delta":
         delta = Delta(folder)
         with staged(output_dir) as staging, _named_for(delta, changed, back=True) as weights:

@@ -592,7 +592,15 @@ class MudjackingTrainer(PatchPushing, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Losses and cosines on held-out clean inputs. See [`~transformers.Trainer.evaluate`].
+        """Losses and cosines on held-out clean inputs.
+
+        Args:
+            eval_dataset (`datasets.Dataset`, `datasets.IterableDataset`, `dict` or `str`, *optional*): Clean inputs; those that
+                the trainer was given, or the one of those by this name.
+            ignore_keys, metric_key_prefix: See [`~transformers.Trainer.evaluate`].
+
+        Returns:
+            `dict[str, float]`: `eval_loss`, its terms and cosines, and the callbacks' metrics.
 
         Raises:
             ValueError: If a new dataset is given after patching has begun: its frozen features can no longer be computed.

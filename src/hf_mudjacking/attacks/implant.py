@@ -85,7 +85,23 @@ def check_implant(
     inputs lose, where all there is to lose lies above the share of the most frequent class. With a `source_class` the ASR
     is that of its inputs alone; of further triggers each is measured with its own reference, and the least rate counts.
 
-    Cover inputs, made by `cover` from the inputs of all classes but the source class, must not reach the target class.
+    Args:
+        clean, backdoored (`Encoder`): Before and after.
+        trigger (`Trigger`): The attacker's.
+        check_inputs (`LabelledInputs`): Labelled inputs, half to train on, half to measure.
+        target_reference (`PIL.Image.Image` or `str`, *optional*): Input of the class that triggered ones are to reach.
+        untargeted (`bool`, *optional*, defaults to `False`): Whether there is no such class.
+        source_class (`int`, *optional*): The one class that the trigger works on.
+        others (`Sequence[tuple]`, *optional*): Further triggers with their references.
+        cover (`Callable`, *optional*): Makes a cover input, which must not reach the target class, of a clean one; inputs of
+            the source class have none.
+        min_asr (`float`): Least ASR.
+        max_accuracy_loss (`float`): Most clean accuracy that may be lost.
+        max_leak (`float`, *optional*, defaults to 1): Largest share of the cover inputs that may reach the target class.
+        disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
+
+    Returns:
+        `Implant`: With its rates.
 
     Raises:
         ImplantError: If the ASR is below `min_asr`, clean accuracy fell by more than `max_accuracy_loss`, or more than

@@ -19,7 +19,7 @@ from hf_mudjacking.inversion.pixels import PixelPath, to_tensor
 from hf_mudjacking.inversion.pull import Pull
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.preprocessing import ImagePreprocessor
-from hf_mudjacking.triggers import AdditiveTrigger, square_patch
+from hf_mudjacking.triggers import AdditiveTrigger, PatchTrigger, square_patch
 from hf_mudjacking.triggers.base import correlation
 
 from .conftest import largest_difference, make_config, make_images, weights_of
@@ -178,6 +178,24 @@ def test_ordinary_content_does_not_count_as_what_still_works(backdoored):
         for by_parts in (True, False):
             found.append(invert_again(backdoored.trigger, meter, control_meter, pull, by_parts))
     assert sum(again is not None for again in found) <= 2
+
+
+def test_of_a_large_part_of_a_signal_the_signal_is_found_again(backdoored, blended):
+    """Half of a blended picture fires as the whole does: repaired alone it would leave the signal alive."""
+    encoder, bug = report_of(backdoored, blended, 1)
+    meter, control_meter = (
+        TransferMeter(encoder, x, backdoored.train.inputs[:16]) for x in (bug.misclassified, bug.reference)
+    )
+    pull = Pull(encoder, backdoored.train.inputs[16:144], 0)
+    half, corner = np.zeros((2, 16, 16), dtype=bool)
+    half[:, 8:] = corner[:4, :4] = True
+    again, other = (
+        invert_again(PatchTrigger.from_image(bug.misclassified, mask), meter, control_meter, pull, by_parts=True)
+        for mask in (half, corner)
+    )
+    assert again.kind in ("additive", "blend")
+    assert meter.transfer([again])[0] > 0.8
+    assert other is None or other.kind == "patch"
 
 
 def test_what_was_found_is_stamped_from_the_next_step_on(backdoored, tmp_path):

@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..spectrum import inverse_spectrum
+from ..spectrum import CleanSpectrum, inverse_spectrum
 from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, WarpTrigger
 from ..triggers.warp import warp
 from .attribution import window_sizes
+from .patch_search import SMALL
 from .pixels import to_array
 from .pull import Pull
 from .result import AREA_PRICE
 from .verification import TransferMeter
+from .whole_picture import beyond_control, find_signal
 
 
 # Transfer, above what clean content has, from which something is left to be repaired.
@@ -50,7 +52,8 @@ def invert_again(
         meter (`TransferMeter`): Of x_b; measures how far clean inputs go towards h(x_b), as it was before patching.
         control_meter (`TransferMeter`): Of x_r, in the model as it is now.
         pull (`Pull`): Optimiser on clean inputs.
-        by_parts (`bool`): Of a patch, whether to look for other parts of x_b that fire now, instead of another pattern.
+        by_parts (`bool`): Of a patch, whether to look for other parts of x_b that fire now, or a signal of which a large one is
+            a part, instead of another pattern.
 
     Returns:
         `ImageTrigger`: With a transfer that is at least 0.1 above that of the control and, for a patch, the price of its
@@ -58,12 +61,23 @@ def invert_again(
         optimised likewise to lead to h(x_r). `None` if nothing has.
     """
     if isinstance(trigger, PatchTrigger) and by_parts:
-        return _more_of_it(trigger, meter, control_meter.misclassified)
+        # A third of a picture with a signal in it carries others as the signal does, and can be taken for the trigger
+        signal = _signal_instead(meter, control_meter, pull) if trigger.area > SMALL else None
+        return signal or _more_of_it(trigger, meter, control_meter.misclassified)
     search = {"warp": _warp, "additive": _signal}.get(trigger.kind, _pattern)
     found, control = (search(trigger, m.target, pull) for m in (meter, control_meter))
     transfer, by_itself = (float(m.transfer([e])[0]) for m, e in ((meter, found), (control_meter, control)))
     price = AREA_PRICE * trigger.area if isinstance(trigger, PatchTrigger) else 0.0
     return found if transfer - max(by_itself, 0.0) - price >= _LEAST_TRANSFER else None
+
+
+def _signal_instead(meter: TransferMeter, control_meter: TransferMeter, pull: Pull) -> ImageTrigger | None:
+    """The signal in x_b, if there is one that works."""
+    clean = CleanSpectrum.of(pull.pixels)
+    found, control = (find_signal(m, pull, clean) for m in (meter, control_meter))
+    if found is None or beyond_control(found, control, control_meter)[1] < _LEAST_TRANSFER:
+        return None
+    return found.trigger
 
 
 def _more_of_it(trigger: PatchTrigger, meter: TransferMeter, reference: Image.Image) -> PatchTrigger | None:

@@ -27,7 +27,7 @@ from .result import (
     check_reachable,
 )
 from .verification import TransferMeter
-from .whole_picture import find_signal, find_warp
+from .whole_picture import beyond_control, find_signal, find_warp
 
 
 logger = logging.getLogger(__name__)
@@ -130,13 +130,7 @@ def _over_the_whole_picture(
         # The control can only take from it
         if candidate is None or max(candidate.transfer - AREA_PRICE * candidate.size, 0.0) <= merit + _SIMPLER:
             continue
-        control = search(control_meter)
-        # Clean content reaches as far as it likes with a strong enough change: what counts is one of the same size.
-        by_itself = 0.0
-        if control is not None:
-            same_size = control.trigger.weakened(min(candidate.size / max(control.size, 1e-6), 1.0))
-            by_itself = float(control_meter.transfer([same_size])[0])
-        evidence = candidate.transfer - max(by_itself, 0.0) - AREA_PRICE * candidate.size
+        by_itself, evidence = beyond_control(candidate, search(control_meter), control_meter)
         found = InvertedTrigger(
             candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
             np.ones_like(patch.core), 0,

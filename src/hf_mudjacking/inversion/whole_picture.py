@@ -14,6 +14,7 @@ from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, WarpTrigger
 from ..triggers.warp import warp
 from .pixels import to_array, to_tensor
 from .pull import Pull
+from .result import AREA_PRICE
 from .verification import TransferMeter
 
 
@@ -99,6 +100,24 @@ def find_warp(meter: TransferMeter, pull: Pull) -> Candidate:
     )
     trigger = WarpTrigger(flow)
     return Candidate(trigger, float(meter.transfer([trigger])[0]), trigger.shift / _PICTURE_SHIFT)
+
+
+def beyond_control(
+    candidate: Candidate, control: Candidate | None, control_meter: TransferMeter
+) -> tuple[float, float]:
+    """What clean content of the same size does by itself, and what is left of a candidate's transfer after that and its price.
+
+    Args:
+        candidate (`Candidate`): Found in x_b.
+        control (`Candidate`, *optional*): Found likewise in x_r, if there is one.
+        control_meter (`TransferMeter`): Of x_r.
+    """
+    by_itself = 0.0
+    if control is not None:
+        # Clean content reaches as far as it likes with a strong enough change
+        same_size = control.trigger.weakened(min(candidate.size / max(control.size, 1e-6), 1.0))
+        by_itself = float(control_meter.transfer([same_size])[0])
+    return by_itself, candidate.transfer - max(by_itself, 0.0) - AREA_PRICE * candidate.size
 
 
 def _as_blend(delta: np.ndarray, opacity: float, pixels: Tensor) -> BlendTrigger:

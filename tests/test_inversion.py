@@ -327,7 +327,7 @@ def test_a_model_and_its_processor_do_as_well(backdoored, inversions):
     assert np.array_equal(found.trigger.mask, first.trigger.mask)
 
 
-def test_natural_differences_score_below_every_trigger(backdoored, inversions):
+def test_natural_differences_score_below_every_trigger(backdoored, inversions, short_searches):
     """Two clean images of different classes: enough of a digit carries others along, but never as a trigger does."""
     encoder = Encoder(backdoored.model(), backdoored.processor)
     rng = np.random.default_rng(0)
@@ -371,7 +371,7 @@ def test_too_few_inputs_and_texts(tiny_vit, processor, bug):
         invert_trigger(encoder, BugInstance("a", "b"), make_images(8))
 
 
-def test_a_model_without_a_backdoor_never_crashes(tiny_vit, processor):
+def test_a_model_without_a_backdoor_never_crashes(tiny_vit, processor, short_searches):
     """Whatever the score is, the result is a usable trigger, and what fires of a patch's first part lies within the allowed area."""
     encoder = Encoder(tiny_vit, processor)
     patches = []

@@ -3,27 +3,23 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
-import tempfile
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from speed_clock import cpu_now, row
-from speed_repairs import images_of
+from speed_repairs import Backdoored
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer, invert_trigger
+from hf_mudjacking import Encoder, invert_trigger
 from hf_mudjacking.attacks import Implant, implant_bad_encoder
-from hf_mudjacking.callbacks import use_compact_progress
 from hf_mudjacking.demo import digits_task
 from hf_mudjacking.encoder import comparison_mode
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.pretraining import pretrain_encoder
-from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.peers.official import official_trigger
 from hf_mudjacking.triggers import PatchTrigger, square_patch
 
@@ -90,8 +86,8 @@ def inversion(options: Any) -> dict[str, Any]:
         rows.append(
             row("Inversion (without: a window at each pixel)", found.forwards, windows, "forwards", MODEL, 1, number)
         )
-        first = first or (bug, found.trigger)
-    repairs = {} if small else compared_repairs(encoder, implant, task, *first, seed)
+        first = first or (Backdoored(MODEL, seed, clean, implant, task, bug), found.trigger)
+    repairs = {} if small else compared_repairs(*first)
     return {
         "rows": rows, "reports": reports, "forwards_median": statistics.median(r["forwards"] for r in reports),
         "asr": implant.attack_success_rate, "accuracy": [implant.clean_accuracy, implant.backdoored_accuracy],
@@ -99,48 +95,17 @@ def inversion(options: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compared_repairs(
-    encoder: Encoder, implant: Implant, task: DownstreamTask, bug: BugInstance, ours: PatchTrigger, seed: int
-) -> dict[str, Any]:
+def compared_repairs(backdoored: Backdoored, ours: PatchTrigger) -> dict[str, Any]:
     """The same repair with our trigger and with that of the released scan."""
+    encoder, true = backdoored.clean.with_model(backdoored.implant.model), backdoored.implant.trigger
     started = cpu_now()
     with comparison_mode(encoder.model):
-        scanned, forwards = official_trigger(encoder, bug)
+        scanned, forwards = official_trigger(encoder, backdoored.bug)
     seconds = round(cpu_now() - started, 2)
-    repaired = {
-        name: {**trigger.overlap(implant.trigger), **repair(encoder, implant, task, bug, trigger, seed)}
-        for name, trigger in (("ours", ours), ("released scan", scanned))
-    }
+    repaired = {}
+    for name, trigger in (("ours", ours), ("released scan", scanned)):
+        _, measured = backdoored.repaired(trigger=trigger, max_steps=STEPS, reinversions=0)
+        rates = {classifier: measured[classifier] for classifier in ("kept", "retrained")}
+        repaired[name] = {**trigger.overlap(true), **rates}
     repaired["released scan"] |= {"forwards": forwards, "cpu_seconds": seconds}
     return repaired
-
-
-def repair(
-    encoder: Encoder, implant: Implant, task: DownstreamTask, bug: BugInstance, trigger: PatchTrigger, seed: int
-) -> dict[str, Any]:
-    """Rates after a repair with a given trigger, classifier kept and retrained."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = MudjackingTrainer(
-            model=copy.deepcopy(encoder.model),
-            args=MudjackingConfig(
-                output_dir=folder,
-                seed=seed,
-                max_steps=STEPS,
-                reinversions=0,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            bug_instances=[bug],
-            train_dataset=images_of(task),
-            processing_class=encoder.processing_class,
-            triggers=[trigger],
-        )
-        use_compact_progress(trainer)
-        report = measured_repair(trainer, task, true_trigger=implant.trigger, classifiers=("logistic",)).report
-    return {
-        name: {rate: round(report["after"][name][rate], 4) for rate in ("BA", "ASR", "RA")}
-        for name in ("kept", "retrained")
-    }

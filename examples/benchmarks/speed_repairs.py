@@ -26,7 +26,7 @@ from hf_mudjacking.demo import backdoored_vit, clean_vit, digits_task
 from hf_mudjacking.evaluation import DownstreamTask, draw_bug_report
 from hf_mudjacking.evaluation.pretraining import pretrain_encoder
 from hf_mudjacking.evaluation.repair import measured_repair
-from hf_mudjacking.triggers import square_patch
+from hf_mudjacking.triggers import Trigger, square_patch
 
 
 # Mean cosines, of clean inputs with themselves before and of stamped with clean ones, that optimisers are to reach.
@@ -52,13 +52,13 @@ class Backdoored:
         *,
         prepare: Callable[[nn.Module], None] = lambda model: None,
         peft_config: LoraConfig | None = None,
-        known: bool = False,
+        trigger: Trigger | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         **settings: Any,
     ) -> tuple[MudjackingTrainer, dict[str, Any]]:
         """The trainer after a repair of a copy, and what was measured of it.
 
-        `prepare` is done to the copy first, `known` passes the true trigger, and `optimizer` is used with a constant rate.
+        `prepare` is done to the copy first, `trigger` is given instead of inverted, and `optimizer` is used with a constant rate.
         """
         model = copy.deepcopy(self.implant.model)
         prepare(model)
@@ -84,7 +84,7 @@ class Backdoored:
                 train_dataset=images_of(self.task),
                 processing_class=self.clean.processing_class,
                 peft_config=peft_config,
-                triggers=[self.implant.trigger] if known else None,
+                triggers=None if trigger is None else [trigger],
                 callbacks=[clock],
                 optimizers=optimizers,
             )
@@ -168,7 +168,12 @@ def optimisers(options: Any) -> dict[str, Any]:
     runs, rows = [], []
     for seed in options.seeds:
         backdoored = digits_vit(seed)
-        common = {"known": True, "stop_when_fixed": False, "reinversions": 0, "locality_budget": None}
+        common = {
+            "trigger": backdoored.implant.trigger,
+            "stop_when_fixed": False,
+            "reinversions": 0,
+            "locality_budget": None,
+        }
         ways: dict[str, Any] = {
             "AdamW 3e-4, cosine": {"max_steps": options.steps},
             "SGD 1e-3, constant": {
@@ -236,7 +241,12 @@ def layers(options: Any, build: Callable[[int], Backdoored], adapters: bool) -> 
         for name, way in ways.items():
             # How much is lost with little capacity is the question: a budget would only refuse
             _, measured = backdoored.repaired(
-                known=True, reinversions=0, stop_when_fixed=False, max_steps=options.steps, locality_budget=2.0, **way
+                trigger=backdoored.implant.trigger,
+                reinversions=0,
+                stop_when_fixed=False,
+                max_steps=options.steps,
+                locality_budget=2.0,
+                **way,
             )
             of_model.append({"patched": name, **measured})
         rows += [

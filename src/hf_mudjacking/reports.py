@@ -12,7 +12,7 @@ from .clean_inputs import CleanInputs
 from .config import MudjackingConfig
 from .encoder import Encoder
 from .inversion import UnverifiedTriggerError, invert_trigger
-from .preprocessing import Modality
+from .preprocessing import Modality, RawInput
 from .processes import done_by_all, rank_and_count
 from .screening import Screening, judge
 from .triggers import Trigger
@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 
 # Clean images, besides those that triggers are verified on, that show what pictures look like.
 OTHER_INPUTS = 1024
+
+
+def verification_inputs(clean_inputs: CleanInputs, count: int, seed: int) -> tuple[list[RawInput], list[RawInput]]:
+    """Clean inputs to verify triggers on, and others, which nothing is verified on, as far as there are enough."""
+    sample = clean_inputs.sample(count + OTHER_INPUTS, seed)
+    inputs, others = sample[:count], sample[count:]
+    return inputs, others if len(others) >= len(inputs) else sample
 
 
 @dataclass
@@ -63,10 +70,7 @@ def invert_reports(
         UnverifiedTriggerError: If the verdict on any report or, with `on_unverified="skip"`, on all is another than
             `"trigger"`; never with `"patch"`.
     """
-    sample = clean_inputs.sample(args.inversion_inputs + OTHER_INPUTS, args.seed)
-    # Verified on inputs that nothing was optimised on, as far as there are enough
-    inputs, others = sample[: args.inversion_inputs], sample[args.inversion_inputs :]
-    others = others if len(others) >= len(inputs) else sample
+    inputs, others = verification_inputs(clean_inputs, args.inversion_inputs, args.seed)
 
     def screened(bug: BugInstance) -> Screening:
         found = invert_trigger(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bugs_from, check_inputs, require, verification_inputs
+from .options import add_config, add_report, bugs_from, check_inputs, require, screener
 
 
 HELP = "Judge bug reports before anything is patched: a verdict on each, with its evidence; no weight is changed."
@@ -28,12 +28,11 @@ def run(options: argparse.Namespace) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
-    from ..encoder import Encoder
     from ..evaluation.figures import plot_inspection
     from ..evaluation.report import screening_table
-    from ..loading import load_model, load_processor, modality_of
+    from ..loading import load_model, modality_of
     from ..output import check_output_dir, staged, write_json
-    from ..screening import screen_report, transfer_by_size
+    from ..screening import transfer_by_size
     from ..triggers import load_trigger
 
     bugs = bugs_from(options)
@@ -45,23 +44,12 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"--true-trigger {options.true_trigger}: it is of kind {true_trigger.kind}, not for {modality}s"
         )
-    inputs, others = verification_inputs(options, modality)
-    encoder = Encoder(
-        model, load_processor(options.processor or options.model, model), options.feature_source, modality
-    )
+    encoder, inputs, screened = screener(options, model, modality)
     names = _file_names([bug.name for bug in bugs])
     screenings = {}
     with staged(Path(options.output_dir)) as staging:
         for name, bug in zip(names, bugs, strict=True):
-            screening = screen_report(
-                encoder,
-                bug,
-                inputs,
-                others,
-                min_evidence=options.min_evidence,
-                seed=options.seed,
-                disable_tqdm=options.disable_tqdm,
-            )
+            screening = screened(bug)
             curve = transfer_by_size(encoder, bug, screening.found, inputs) if modality == "image" else []
             plot_inspection(staging / f"inspection-{name}.png", bug, screening, curve, true_trigger)
             screenings[name] = screening

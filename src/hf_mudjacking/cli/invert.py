@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_config, add_report, bugs_from, check_inputs, require, verification_inputs
+from .options import add_config, add_report, bugs_from, check_inputs, require, screener
 
 
 HELP = "Find the trigger in a misclassified image or text and verify it on clean inputs; no weight is changed."
@@ -27,29 +27,15 @@ def run(options: argparse.Namespace) -> int:
     from accelerate import PartialState
     from rich.console import Console
 
-    from ..encoder import Encoder
     from ..evaluation.figures import plot_repair
-    from ..loading import load_model, load_processor, modality_of
+    from ..loading import load_model, modality_of
     from ..output import check_output_dir, staged
-    from ..screening import screen_report
 
     (bug,) = bugs_from(options)
     check_output_dir(options.output_dir, options.model)
     model = load_model(options.model).to(PartialState().device)
     modality = modality_of(model, bug.modality)
-    inputs, others = verification_inputs(options, modality)
-    encoder = Encoder(
-        model, load_processor(options.processor or options.model, model), options.feature_source, modality
-    )
-    screening = screen_report(
-        encoder,
-        bug,
-        inputs,
-        others,
-        min_evidence=options.min_evidence,
-        seed=options.seed,
-        disable_tqdm=options.disable_tqdm,
-    )
+    screening = screener(options, model, modality)[-1](bug)
     found = screening.found
     with staged(Path(options.output_dir)) as staging:
         found.trigger.save_pretrained(staging)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import yaml
@@ -12,9 +12,12 @@ import yaml
 
 if TYPE_CHECKING:
     import datasets
+    from torch import nn
 
     from ..bug_instance import BugInstance
+    from ..encoder import Encoder
     from ..preprocessing import Modality, RawInput
+    from ..screening import Screening
 
 
 # Clean inputs that candidates are verified on, at least; as `inversion_inputs` has it.
@@ -119,16 +122,37 @@ def clean_inputs_from(options: argparse.Namespace, modality: Modality) -> datase
     return dataset.rename_column(options.input_column, modality)
 
 
-def verification_inputs(options: argparse.Namespace, modality: Modality) -> tuple[list[RawInput], list[RawInput]]:
-    """Clean inputs to verify candidates on, and others: what signals are optimised on must not judge them."""
+def screener(
+    options: argparse.Namespace, model: nn.Module, modality: Modality
+) -> tuple[Encoder, list[RawInput], Callable[[BugInstance], Screening]]:
+    """The encoder, the clean inputs that triggers are verified on, and what judges a report as the options have it."""
     from ..clean_inputs import clean_inputs
-    from ..reports import OTHER_INPUTS
+    from ..encoder import Encoder
+    from ..loading import load_processor
+    from ..reports import OTHER_INPUTS, verification_inputs
+    from ..screening import screen_report
 
-    wanted = options.inputs + OTHER_INPUTS
     dataset = clean_inputs_from(options, modality)
-    sample = clean_inputs(modality, dataset, wanted, options.seed, "dataset").sample(wanted, options.seed)
-    inputs, others = sample[: options.inputs], sample[options.inputs :]
-    return inputs, others if len(others) >= len(inputs) else sample
+    inputs, others = verification_inputs(
+        clean_inputs(modality, dataset, options.inputs + OTHER_INPUTS, options.seed, "dataset"),
+        options.inputs,
+        options.seed,
+    )
+    processor = load_processor(options.processor or options.model, model)
+    encoder = Encoder(model, processor, options.feature_source, modality)
+
+    def screened(bug: BugInstance) -> Screening:
+        return screen_report(
+            encoder,
+            bug,
+            inputs,
+            others,
+            min_evidence=options.min_evidence,
+            seed=options.seed,
+            disable_tqdm=options.disable_tqdm,
+        )
+
+    return encoder, inputs, screened
 
 
 def check_inputs(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger
 from .hold import can_hold, hold, worth_of_hold
-from .patch_search import COMPLETE, SMALL, find_patch
+from .patch_search import COMPLETE, SMALL, find_patch, proof
 from .pull import Pull
 from .result import (
     AREA_PRICE,
@@ -153,11 +153,11 @@ def _less_what_others_do(
     """
     if found.evidence < EXPLAINED:
         return found
-    proof = found.core if found.core.sum() < found.trigger.mask.sum() else found.trigger.mask
-    others = meter.transfer([PatchTrigger.from_image(x, proof) for x in like_x_b])
+    mask = proof(found.core, found.trigger.mask)
+    others = meter.transfer([PatchTrigger.from_image(x, mask) for x in like_x_b])
     # One or two of them may happen to look as the trigger does
     control = float(np.clip(np.quantile(others, 0.75), max(found.control, 0.0), 0.99))
-    evidence = (found.score - control) / (1 - control) - AREA_PRICE * float(proof.mean())
+    evidence = (found.score - control) / (1 - control) - AREA_PRICE * float(mask.mean())
     return dataclasses.replace(found, control=control, evidence=min(evidence, found.evidence))
 
 

@@ -110,10 +110,13 @@ def find_patch(
     Returns:
         `InvertedTrigger`: The patch, whose `evidence` says whether it is one.
     """
-    quick, thorough = (
-        _PatchSearch(meter, control_meter, max_area, seed, bar, effort) for effort in (_QUICK, _THOROUGH)
-    )
-    return quick.found_alone() or thorough.found()
+    alone = _PatchSearch(meter, control_meter, max_area, seed, bar, _QUICK).found_alone()
+    return alone or _PatchSearch(meter, control_meter, max_area, seed, bar, _THOROUGH).found()
+
+
+def proof(core: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """What evidence is about: what was found by its effect or, where that shrank, the whole of a patch."""
+    return core if core.sum() < mask.sum() else mask
 
 
 class _PatchSearch:
@@ -180,8 +183,7 @@ class _PatchSearch:
         Its size is that of what was found by its effect: the rest is there by its looks. On digits, reports of clean pairs
         reach a transfer of 0.8, but hardly more than their control.
         """
-        proof = part.core if part.core.sum() < part.mask.sum() else part.mask
-        return self._beyond_control(part.transfer, proof, EXPLAINED)
+        return self._beyond_control(part.transfer, proof(part.core, part.mask), EXPLAINED)
 
     def _beyond_control(self, transfer: float, mask: np.ndarray, needed: float) -> tuple[float, float]:
         """Control of a mask, what as much of x_r in its place carries towards h(x_r), and what is left of a transfer after it.

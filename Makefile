@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/mudjack demo --output-dir demo_output
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

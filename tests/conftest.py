@@ -41,6 +41,17 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
 
+# The longest files, so that no process ends alone with one of them. The first makes `backdoored`, the second needs none meanwhile.
+FIRST = (
+    "test_trainer.py", "test_text_inversion.py", "test_families.py", "test_screening.py", "test_attack_zoo.py",
+    "test_several_bugs.py", "test_many_processes.py", "test_cli.py", "test_two_towers.py", "test_whole_picture.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 def pytest_collection_finish() -> None:
     """`Trainer.train` collects garbage, which takes half a second among all that was imported by then: leave that out."""
     gc.freeze()

@@ -88,6 +88,8 @@ IMAGE_FAMILIES = {
 GAINS = {"ResNet": 1, "RegNet": 1, "SigLIP vision": 1, "DINOv2": 5}
 # RegNet needs a higher learning rate to take the trigger in as few epochs.
 RATES = {"RegNet": 1e-2}
+# Of each patch. A resumed one makes the last four.
+STEPS = 20
 # Family, class, where features are read: filled by the tests below, compared with the README by the last one.
 FOUND: dict[str, tuple[str, str]] = {}
 
@@ -130,7 +132,9 @@ def check_family(family, broken, trigger, task, folder, **settings):
     assert (before[other] == target).mean() >= 0.5
     original = copy.deepcopy(broken.model)
 
-    full = trainer("full", broken.model, max_steps=32, learning_rate=3e-3, save_strategy="steps", save_steps=16)
+    full = trainer(
+        "full", broken.model, max_steps=STEPS, learning_rate=3e-3, save_strategy="steps", save_steps=STEPS - 4
+    )
     full.train()
     full.save_model()
     assert fallen(full.model)
@@ -139,11 +143,11 @@ def check_family(family, broken, trigger, task, folder, **settings):
     assert type(reloaded) is type(full.model)
     torch.testing.assert_close(broken.with_model(reloaded).encode(inputs), features, atol=1e-5, rtol=0)
 
-    resumed = trainer("full", copy.deepcopy(original), max_steps=32, learning_rate=3e-3)
-    resumed.train(resume_from_checkpoint=str(folder / "full" / "checkpoint-16"))
+    resumed = trainer("full", copy.deepcopy(original), max_steps=STEPS, learning_rate=3e-3)
+    resumed.train(resume_from_checkpoint=str(folder / "full" / f"checkpoint-{STEPS - 4}"))
     torch.testing.assert_close(resumed.encoder.encode(inputs), features, atol=1e-4, rtol=0)
 
-    lora = trainer("lora", copy.deepcopy(original), max_steps=32, learning_rate=1e-2)
+    lora = trainer("lora", copy.deepcopy(original), max_steps=STEPS, learning_rate=1e-2)
     lora.train()
     lora.save_model()
     assert fallen(lora.model)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .bug_instance import BugInstance
 from .encoder import Encoder
 from .inversion import InvertedTrigger, invert_trigger
+from .inversion.covering import without_part
 from .inversion.hold import hold, least_hold, worth_of_hold
 from .inversion.verification import TransferMeter, share_of_way
 from .preprocessing import RawInput
@@ -51,8 +52,6 @@ _MEDIANS, _BLUR = (3, 5), 0.04
 _MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
 _MAX_REFERENCE_ARRIVED = 0.85
-# Clean inputs whose pixels cover a patch, beside the mean picture and its colour.
-_COVERS = 4
 # Sizes at which transfer is measured, as shares of the whole trigger.
 _SIZES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -280,13 +279,8 @@ def without_trigger(
         return [] if rest is None else [rest]
     # The trigger's mask has the size that x_b was searched at
     size = trigger.mask.shape[::-1]
-    image = np.asarray(misclassified.convert("RGB").resize(size))
-    clean = [np.asarray(x.convert("RGB").resize(size)) for x in validation_inputs]
-    mean = np.mean(clean, axis=0)
-    covers = [mean, np.broadcast_to(mean.mean(axis=(0, 1)), image.shape), *clean[:_COVERS]]
-    return [
-        Image.fromarray(np.where(trigger.mask[..., None], cover, image).round().astype(np.uint8)) for cover in covers
-    ]
+    image, *clean = (np.asarray(x.convert("RGB").resize(size)) for x in (misclassified, *validation_inputs))
+    return without_part(image, trigger.mask, clean)
 
 
 def smoothed(image: Image.Image) -> list[Image.Image]:

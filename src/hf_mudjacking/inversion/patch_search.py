@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..triggers import PatchTrigger
 from .attribution import FULL_SCAN, QUICK_SCAN, Scan, coarse_to_fine
+from .covering import without_part
 from .growth import changed, grow, purify, squared_off, without_spurs
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
@@ -28,8 +29,6 @@ SMALL = 0.2
 _SAME_MASK = 0.9
 # Clean inputs on which the control is taken first, and how far from what is needed evidence is clear without the others.
 _CONTROLLED_ON, _CLEARLY = 8, 0.25
-# Clean inputs whose content covers what was found.
-_COVERS = 4
 # Growth is taken back if it costs more transfer than this, or covers more of the picture.
 _MAX_GROWTH_LOSS = 0.05
 _MAX_GROWN = 0.8
@@ -314,11 +313,9 @@ class _PatchSearch:
         known = mask.tobytes()
         if known in self.lefts:
             return self.lefts[known]
-        plain = np.broadcast_to(self.baseline.mean(axis=(0, 1)), self.image.shape)
-        covers = [self.baseline, plain, *self.clean[:_COVERS]]
-        covered = [Image.fromarray(np.where(mask[..., None], cover, self.image).astype(np.uint8)) for cover in covers]
         target = self.meter.target
         before = max(float(self.meter.clean_similarity.mean()), float(self.control_meter.target @ target))
-        left = max(float((self.meter.features(covered) @ target).min()) - before, 0.0) / max(1 - before, 1e-6)
+        rests = self.meter.features(without_part(self.image, mask, self.clean)) @ target
+        left = max(float(rests.min()) - before, 0.0) / max(1 - before, 1e-6)
         self.lefts[known] = left
         return left

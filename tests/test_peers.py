@@ -20,11 +20,12 @@ from hf_mudjacking.peers import (
 )
 from hf_mudjacking.peers.augmentation import official_view
 from hf_mudjacking.peers.cluster_inversion import ClusterTrigger, Price, SearchSettings, cluster_triggers, outlying
-from hf_mudjacking.peers.contrastive import nt_xent
+from hf_mudjacking.peers.contrastive import nt_xent, two_text_views
 from hf_mudjacking.peers.ft_sam import AdaptiveSAM, adaptive_perturbation
 from hf_mudjacking.peers.nad import attention_map, depths
 from hf_mudjacking.peers.official import official_trigger
 from hf_mudjacking.peers.ssl_cleanse import share_of_rate, suspicious
+from hf_mudjacking.peers.text_views import edited
 from hf_mudjacking.triggers import noise_blend
 
 from .conftest import TINY, largest_difference, make_images, pixels_by_hand, weights_of
@@ -44,6 +45,7 @@ SMALL = {
 }  # fmt: skip
 # In forward equivalents a clean input and step, as the docstrings say
 COST = {"official": 17, "clean_fine_tuning": 6, "nad": 8, "ft_sam": 12, "ssl_cleanse": 6}
+OF_TEXTS = ("clean_fine_tuning", "nad", "ft_sam")
 SETTINGS = SearchSettings(
     rounds=8, steps_per_round=3, batch_size=32, learning_rate=0.1, success=0.9, first_price=0.1, price_factor=1.5, patience=2
 )  # fmt: skip
@@ -64,7 +66,7 @@ def count_forwards(monkeypatch):
     original = Encoder._call
 
     def call(self, model, placed):
-        counted.append(len(placed["pixel_values"]) * (3 if torch.is_grad_enabled() else 1))
+        counted.append(len(next(iter(placed.values()))) * (3 if torch.is_grad_enabled() else 1))
         return original(self, model, placed)
 
     monkeypatch.setattr(Encoder, "_call", call)
@@ -131,7 +133,27 @@ def test_too_few_inputs_for_a_batch(peer, tiny_vit, processor, images, bug):
         peer.repair(Encoder(tiny_vit, processor), images, bug, batch_size=17)
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [p for p in PEERS if p.name in OF_TEXTS], ids=lambda peer: peer.name)
+def test_texts_are_repaired_too(peer, count_forwards):
+    model, tokenizer = make_text_model("bert")
+    encoder, texts = Encoder(model, tokenizer), [f"a film {'so very ' * i}good" for i in range(16)]
+    before = weights_of(model)
+    count_forwards.clear()
+
+    def repaired(seed):
+        return peer.repair(encoder, texts, seed=seed, disable_tqdm=True, **SMALL[peer.name])
+
+    first = repaired(1)
+    assert first.forward_equivalents == sum(count_forwards)
+    assert first.steps == 2
+    assert largest_difference(weights_of(model), before) == 0
+    after = weights_of(first.model)
+    assert largest_difference(after, before) > 0
+    assert largest_difference(after, weights_of(repaired(1).model)) == 0
+    assert largest_difference(after, weights_of(repaired(2).model)) > 0
+
+
+@pytest.mark.parametrize("peer", [p for p in PEERS if p.name not in OF_TEXTS], ids=lambda peer: peer.name)
 def test_text_encoders_are_refused(peer, bug):
     model, tokenizer = make_text_model("bert")
     with pytest.raises(ValueError, match="takes texts, and this defence is for vision encoders"):
@@ -229,6 +251,38 @@ def test_attention_by_hand():
     assert tokens.shape == (1, 2, 2)
     assert torch.allclose(attention_map(tokens), wanted)
     assert torch.allclose(attention_map(maps, power=1.0), torch.tensor([[0.6, 0.8]]))
+    # Padding takes no part
+    padded = torch.cat([tokens, torch.full((1, 1, 2), 9.0)], dim=1)
+    found = attention_map(padded, mask=torch.tensor([[1, 1, 0]]))
+    assert torch.allclose(found, torch.cat([wanted, torch.zeros(1, 1)], dim=1))
+
+
+def test_views_of_texts():
+    """Words change places, or a tenth of them goes; nothing else happens."""
+    text = " ".join(f"word{i}" for i in range(20))
+    generator = torch.Generator().manual_seed(0)
+    views = [edited(text, generator).split() for _ in range(400)]
+    swapped = [view for view in views if view != text.split() and sorted(view) == sorted(text.split())]
+    # Two exchanges of two words each
+    assert all(sum(a != b for a, b in zip(view, text.split(), strict=True)) <= 4 for view in swapped)
+    assert 160 <= len(swapped) <= 240
+    shorter = [view for view in views if len(view) < 20]
+    assert all(view == [word for word in text.split() if word in set(view)] for view in shorter)
+    # Of those that may lose words 0.9^20 = 0.12 lose none
+    assert 1.9 <= np.mean([20 - len(view) for view in shorter]) <= 2.6
+    assert edited("alone", generator) == "alone"
+    assert all(edited("two words", generator) for _ in range(300))
+    assert edited(text, torch.Generator().manual_seed(7)) == edited(text, torch.Generator().manual_seed(7))
+
+
+def test_views_of_texts_in_a_batch():
+    model, tokenizer = make_text_model("bert")
+    encoder = Encoder(model, tokenizer)
+    texts = ["a good film .", "a very good film indeed .", "no"]
+    batch = two_text_views(encoder, texts, torch.Generator().manual_seed(2))(torch.tensor([2, 0]))
+    generator = torch.Generator().manual_seed(2)
+    wanted = encoder.preprocess([edited(texts[i], generator) for i in (2, 0, 2, 0)])
+    assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
 
 
 def test_depths_are_spread_to_the_last():

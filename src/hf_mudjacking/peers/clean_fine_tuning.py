@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from transformers import get_cosine_schedule_with_warmup
 
 from ..attacks.implant import nameless_copy
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
+from ..preprocessing import RawInput
 from .base import AfterStep, PeerRepair, nothing
 from .contrastive import TEMPERATURE, fine_tune_on_views, nt_xent
 from .fine_tuning import number_of_steps, prepared_for_training
@@ -19,7 +19,7 @@ from .fine_tuning import number_of_steps, prepared_for_training
 
 def repair_clean_fine_tuning(
     encoder: Encoder,
-    clean_inputs: Sequence[Image.Image],
+    clean_inputs: Sequence[RawInput],
     bug: BugInstance | None = None,
     *,
     learning_rate: float = 1e-5,
@@ -37,11 +37,12 @@ def repair_clean_fine_tuning(
 
     CleanCLIP adds to CLIP's loss a contrastive loss within each modality. Of one tower only that of its own inputs is left:
     here NT-Xent of two augmented views ([`nt_xent`]), where its code contrasts the picture with one view, in one direction.
+    Views of texts have words exchanged or left out ([`edited`]).
     AdamW with a linear warm-up and cosine decay. Each clean input costs 6 forward equivalents a step.
 
     Args:
-        encoder (`Encoder`): Backdoored vision encoder; it is not changed.
-        clean_inputs (`Sequence[PIL.Image.Image]`): Clean inputs, unlabelled.
+        encoder (`Encoder`): Backdoored encoder; it is not changed.
+        clean_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs, unlabelled.
         bug (`BugInstance`, *optional*): Ignored.
         learning_rate (`float`, *optional*, defaults to 1e-5): AdamW's peak (CleanCLIP's README).
         weight_decay (`float`, *optional*, defaults to 0.1): Of matrices and filters (CleanCLIP's code).
@@ -58,7 +59,7 @@ def repair_clean_fine_tuning(
         `PeerRepair`: The fine-tuned copy.
 
     Raises:
-        ValueError: If the encoder takes texts, or there are fewer clean inputs than a batch takes.
+        ValueError: If there are fewer clean inputs than a batch takes.
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     student = encoder.with_model(nameless_copy(encoder.model))

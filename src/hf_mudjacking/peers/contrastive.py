@@ -1,20 +1,21 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""The fine-tuning objective of defences that know no labels: two views of a picture belong together, others do not."""
+"""The fine-tuning objective of defences that know no labels: two views of an input belong together, others do not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..encoder import Encoder
+from ..preprocessing import RawInput
 from .augmentation import contrastive_view
 from .base import AfterStep
 from .fine_tuning import fine_tune
 from .pictures import ModelPictures
+from .text_views import edited
 
 
 # CLIP's temperature before training; CleanCLIP goes on from the one that its model has learned, which a bare tower lacks.
@@ -23,7 +24,7 @@ TEMPERATURE = 0.07
 
 def fine_tune_on_views(
     student: Encoder,
-    clean_inputs: Sequence[Image.Image],
+    clean_inputs: Sequence[RawInput],
     loss: Callable[[dict[str, Tensor]], Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -41,20 +42,24 @@ def fine_tune_on_views(
 
     Args:
         student (`Encoder`): Encoder whose model is trained, in place.
-        clean_inputs (`Sequence[PIL.Image.Image]`): Clean inputs.
-        loss (`Callable`): Takes the model inputs of [`two_views`], gives a scalar.
+        clean_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs.
+        loss (`Callable`): Takes the model inputs of [`two_views`] or [`two_text_views`], gives a scalar.
         seed (`int`): Seed of the order and of the views.
         optimizer, schedule, steps, batch_size, forwards_per_input, spent, after_step, desc, disable_tqdm: As there.
 
     Returns:
         `int`: Forward equivalents spent, those before included.
     """
-    pictures = ModelPictures(student)
     generator = torch.Generator().manual_seed(seed)
+    if student.modality == "image":
+        pictures = ModelPictures(student)
+        views = two_views(pictures, pictures.prepare(clean_inputs), generator)
+    else:
+        views = two_text_views(student, clean_inputs, generator)
     return fine_tune(
         student.model,
         len(clean_inputs),
-        two_views(pictures, pictures.prepare(clean_inputs), generator),
+        views,
         loss,
         optimizer,
         schedule,
@@ -81,13 +86,25 @@ def two_views(
     return views
 
 
+def two_text_views(
+    encoder: Encoder, texts: Sequence[str], generator: torch.Generator
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Of row numbers `(B,)`, model inputs of 2 · B texts: one view of each text, then another of each."""
+
+    def views(rows: Tensor) -> dict[str, Tensor]:
+        chosen = [texts[i] for i in rows.tolist()]
+        return encoder.preprocess([edited(text, generator) for text in (*chosen, *chosen)])
+
+    return views
+
+
 def nt_xent(features: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross entropy (SimCLR, Chen et al., ICML 2020).
 
     For each of 2 · B views, minus the log share of its partner in the sum of exp(cos / τ) over all other views; their mean.
 
     Args:
-        features (`FloatTensor` of shape `(2 * B, D)`): L2-normalised; rows i and i + B are views of one picture.
+        features (`FloatTensor` of shape `(2 * B, D)`): L2-normalised; rows i and i + B are views of one input.
         temperature (`float`): τ.
 
     Returns:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..attacks.implant import nameless_copy
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
+from ..preprocessing import RawInput
 from .base import AfterStep, PeerRepair, nothing
 from .contrastive import TEMPERATURE, fine_tune_on_views, nt_xent
 from .fine_tuning import number_of_steps, prepared_for_training
@@ -19,7 +19,7 @@ from .fine_tuning import number_of_steps, prepared_for_training
 
 def repair_ft_sam(
     encoder: Encoder,
-    clean_inputs: Sequence[Image.Image],
+    clean_inputs: Sequence[RawInput],
     bug: BugInstance | None = None,
     *,
     rho: float = 2.0,
@@ -42,8 +42,8 @@ def repair_ft_sam(
     input costs 12 forward equivalents a step. The published settings are for ResNets trained from scratch.
 
     Args:
-        encoder (`Encoder`): Backdoored vision encoder; it is not changed.
-        clean_inputs (`Sequence[PIL.Image.Image]`): Clean inputs, unlabelled.
+        encoder (`Encoder`): Backdoored encoder; it is not changed.
+        clean_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs, unlabelled.
         bug (`BugInstance`, *optional*): Ignored.
         rho (`float`, *optional*, defaults to 2.0): ρ, how far the worst weights are looked for (BackdoorBench, CIFAR-10).
         learning_rate (`float`, *optional*, defaults to 0.01): SGD's first (BackdoorBench).
@@ -61,7 +61,7 @@ def repair_ft_sam(
         `PeerRepair`: The fine-tuned copy.
 
     Raises:
-        ValueError: If the encoder takes texts, or there are fewer clean inputs than a batch takes.
+        ValueError: If there are fewer clean inputs than a batch takes.
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     student = encoder.with_model(nameless_copy(encoder.model))

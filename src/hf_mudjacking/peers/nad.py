@@ -6,23 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
 from ..attacks.implant import nameless_copy
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
+from ..preprocessing import RawInput
 from .base import AfterStep, PeerRepair, nothing
 from .clean_fine_tuning import repair_clean_fine_tuning
 from .contrastive import TEMPERATURE, fine_tune_on_views, nt_xent
 from .fine_tuning import number_of_steps, prepared_for_training
-from .pictures import ModelPictures
 
 
 def repair_nad(
     encoder: Encoder,
-    clean_inputs: Sequence[Image.Image],
+    clean_inputs: Sequence[RawInput],
     bug: BugInstance | None = None,
     *,
     betas: Sequence[float] = (500.0, 1000.0, 1000.0),
@@ -48,8 +47,8 @@ def repair_nad(
     through student and teacher: each clean input costs 8 forward equivalents a step, and 6 a step of the teacher's.
 
     Args:
-        encoder (`Encoder`): Backdoored vision encoder; it is not changed.
-        clean_inputs (`Sequence[PIL.Image.Image]`): Clean inputs, unlabelled.
+        encoder (`Encoder`): Backdoored encoder; it is not changed.
+        clean_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs, unlabelled.
         bug (`BugInstance`, *optional*): Ignored.
         betas (`Sequence[float]`, *optional*, defaults to `(500.0, 1000.0, 1000.0)`): β of each depth, first to last
             (BackdoorBench). As many depths are taken, evenly spaced, the last one the model's last.
@@ -72,16 +71,13 @@ def repair_nad(
         `PeerRepair`: The student.
 
     Raises:
-        ValueError: If the encoder takes texts, there are fewer clean inputs than a batch takes, or more betas than layers.
+        ValueError: If there are fewer clean inputs than a batch takes, or more betas than layers.
     """
     steps = number_of_steps(len(clean_inputs), batch_size, epochs, max_steps)
     student = encoder.with_model(nameless_copy(encoder.model))
-    pictures = ModelPictures(student)
     parameters = prepared_for_training(student.model)
     with torch.no_grad():
-        _, hidden = student.features_and_hidden_states(
-            pictures.inputs(pictures.shown(pictures.prepare(clean_inputs[:1])))
-        )
+        _, hidden = student.features_and_hidden_states(student.preprocess(clean_inputs[:1]))
     chosen = depths(len(hidden), len(betas))
     taught = repair_clean_fine_tuning(
         encoder,
@@ -102,8 +98,9 @@ def repair_nad(
         with torch.no_grad():
             _, wanted = teacher.features_and_hidden_states(views)
         features, hidden = student.features_and_hidden_states(views)
+        mask = views.get("attention_mask")
         return nt_xent(features, temperature) + sum(
-            beta * mse_loss(attention_map(hidden[depth], power), attention_map(wanted[depth], power))
+            beta * mse_loss(attention_map(hidden[depth], power, mask), attention_map(wanted[depth], power, mask))
             for beta, depth in zip(betas, chosen, strict=True)
         )
 
@@ -126,18 +123,20 @@ def repair_nad(
     return PeerRepair(student.model, steps, spent)
 
 
-def attention_map(hidden: Tensor, power: float = 2.0) -> Tensor:
+def attention_map(hidden: Tensor, power: float = 2.0, mask: Tensor | None = None) -> Tensor:
     """Σ_c |A_c|^p over channels c, L2-normalised over places.
 
     Args:
         hidden (`Tensor` of shape `(N, C, H, W)` or `(N, T, C)`): Feature maps, or a sequence of tokens.
         power (`float`, *optional*, defaults to 2.0): p.
+        mask (`Tensor` of shape `(N, T)`, *optional*): 0 at padding, whose attention counts as none.
 
     Returns:
         `FloatTensor` of shape `(N, H * W)` or `(N, T)`.
     """
     channels = 1 if hidden.dim() == 4 else 2
-    return normalize(hidden.float().abs().pow(power).sum(dim=channels).flatten(1), dim=1)
+    energy = hidden.float().abs().pow(power).sum(dim=channels).flatten(1)
+    return normalize(energy if mask is None else energy * mask.to(energy), dim=1)
 
 
 def depths(available: int, wanted: int) -> list[int]:

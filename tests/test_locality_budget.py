@@ -204,6 +204,16 @@ def test_a_resumed_run_goes_back_to_the_first_start(build, tmp_path):
     assert largest_difference(before, weights_of(resumed.model)) == 0
 
 
+def test_no_checkpoint_of_a_refused_run_stays(build, tmp_path):
+    """Not those from before it was interrupted either: they would load as a patch."""
+    args = {"save_strategy": "steps", "save_steps": 1}
+    build({**args, "locality_budget": None}).train()
+    with pytest.raises(LocalityBudgetError):
+        build(args).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    # Later ones that the refused run did not come to are of a run that nothing refused
+    assert not [i for i in range(1, 4) if (tmp_path / "out" / f"checkpoint-{i}").exists()]
+
+
 def test_a_run_that_was_interrupted_goes_back_to_the_first_start(build):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

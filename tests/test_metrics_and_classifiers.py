@@ -5,6 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from hf_mudjacking.evaluation.classifiers import MLPClassifier, train_classifier
@@ -145,6 +146,29 @@ def test_labelled_inputs_refuse():
         LabelledInputs(make_images(2), [0, 1, 1])
     with pytest.raises(ValueError, match="at least two classes"):
         LabelledInputs(make_images(2), [1, 1])
+
+
+def test_classes_are_paired_by_name():
+    """Folders of pictures number the classes that are there: without `b`, `c` is 1."""
+    image = Image.new("RGB", (4, 4))
+
+    def part(names, labels):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_dict({"image": [image] * len(labels), "label": labels}, features=features)
+
+    train = part(["a", "b", "c"], [0, 1, 2])
+    task = DownstreamTask.from_datasets(train, part(["a", "c"], [1, 0, 1]))
+    assert task.test.labels.tolist() == [2, 0, 2]
+    assert task.class_names == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="has classes that its training set lacks: d"):
+        DownstreamTask.from_datasets(train, part(["a", "d"], [0, 1]))
+
+
+def test_labelled_pictures_of_16_bits_are_not_clipped():
+    ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": [ramp, ramp], "label": [0, 1]}, features=features)
+    assert 120 < np.asarray(LabelledInputs.from_dataset(data).inputs[0]).mean() < 135
 
 
 def test_task_takes_the_class_names():

@@ -94,6 +94,17 @@ def test_a_stamped_text_shows_the_whole_trigger():
     assert encoder.stamp(TextTrigger("cf", position=0), "a b") == "cf a b"
 
 
+def test_a_trigger_at_the_end_of_a_text_of_many_tokens():
+    """A character may be several tokens: to count characters is not enough."""
+    model, tokenizer = make_text_model("roberta")
+    preprocessor = Encoder(model, tokenizer).preprocessor
+    text = " ".join(["яя"] * 14)
+    assert len(text) < preprocessor.max_length - 2
+    assert len(preprocessor.ids(text)) == preprocessor.max_length
+    stamped = preprocessor.stamp(TextTrigger("cf", position=14), text)
+    assert set(preprocessor.ids_of("cf")) & set(preprocessor.ids(stamped))
+
+
 def test_places_of_tokens():
     preprocessor = Encoder(*make_text_model("bert")).preprocessor
     text = "The  Bank, rose"

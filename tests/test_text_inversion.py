@@ -227,6 +227,21 @@ def test_gradients_point_to_the_trigger(por):
     assert firsts.count("cf") >= 7
 
 
+def test_unknown_words_do_not_shift_attribution(por):
+    """To the tokenizer they are special tokens, to the reader words."""
+    backdoored, task, implant = por
+    firsts = []
+    for seed in range(4):
+        bug = draw_bug_report(backdoored, task, implant.trigger, seed)
+        text = f"☃ ☄ ☃ {bug.misclassified}"
+        places = word_places(backdoored.preprocessor, text)
+        assert [text[start:end] for start, end in places][:3] == ["☃", "☄", "☃"]
+        scores, _ = token_attribution(backdoored, text, places, backdoored.encode([bug.reference])[0])
+        start, end = places[scores.argmax()]
+        firsts.append(text[start:end])
+    assert firsts.count("cf") >= 3
+
+
 def test_a_text_beyond_the_model_is_reported(por, caplog):
     backdoored, task, _ = por
     clean = " ".join(task.test.inputs[:20])

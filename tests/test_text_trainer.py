@@ -75,6 +75,53 @@ def test_the_ceiling_is_what_x_b_has_without_its_trigger(build, por):
     assert other.data_collator.ceilings.tolist() == [1.0]
 
 
+def test_without_a_part_of_the_trigger_x_b_is_as_far_as_before(build, por):
+    """What it comes to then says nothing of what it should come to."""
+    backdoored, task, _ = por
+    clean = task.test.inputs[3]
+    bug = BugInstance(f"cf {clean} mn", task.test.inputs[5])
+    trainer = build(bug_instances=[bug], triggers=[TextTrigger("mn")])
+    trainer._prepare()
+    left = backdoored.encode([f"cf {clean}", bug.misclassified])
+    assert float(left[0] @ left[1]) > 0.9
+    assert trainer.data_collator.ceilings.tolist() == [1.0]
+
+
+def test_symbols_that_the_tokenizer_does_not_know(build, por):
+    """All unknown words share a token: it is not the trigger's own."""
+    backdoored, task, _ = por
+    bugs = [BugInstance(f"☃ {task.test.inputs[3]}", task.test.inputs[5])]
+    trainer = build(bug_instances=bugs, triggers=[TextTrigger("☃")])
+    trainer._prepare()
+    assert trainer.patched_tokens == []
+    with pytest.raises(ValueError, match=r"knows a trigger's symbols only as unknown ones"):
+        build(bug_instances=bugs, triggers=[TextTrigger("☃")], settings={"patch_scope": "trigger_tokens"})._prepare()
+    both = [TextTrigger("cf"), TextTrigger("☃ cf")]
+    assert trigger_tokens(backdoored.preprocessor, both) == backdoored.preprocessor.ids("cf")[1:-1]
+
+
+def test_an_optimizer_of_the_user(build, por):
+    """It keeps its learning rate; decay would move the embeddings of other tokens."""
+    _, _, implant = por
+
+    def trainer(**settings):
+        model = copy.deepcopy(implant.model)
+        return build(model=model, optimizers=(torch.optim.AdamW(model.parameters(), **settings), None))
+
+    own = trainer(lr=1e-5, weight_decay=0.0)
+    before = weights_of(own.model)
+    own.train()
+    assert own.optimizer.param_groups[0]["initial_lr"] == 1e-5
+    after = weights_of(own.model)
+    changed = {
+        name: (before[name] != after[name]).any(dim=-1) for name in before if (before[name] != after[name]).any()
+    }
+    assert list(changed) == ["embeddings.word_embeddings.weight"]
+    assert changed["embeddings.word_embeddings.weight"].nonzero().flatten().tolist() == own.patched_tokens
+    with pytest.raises(ValueError, match=r"a weight decay of 0\.1, which would move the embeddings of all tokens"):
+        trainer(lr=1e-5, weight_decay=0.1).train()
+
+
 def test_only_some_rows_are_trainable_and_all_is_as_before():
     model, _ = make_text_model("bert")
     model.pooler.requires_grad_(False)

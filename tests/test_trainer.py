@@ -660,6 +660,39 @@ def test_resuming_reads_the_triggers_of_the_checkpoint(build, monkeypatch):
     assert largest_difference(weights_of(whole.model), weights_of(resumed.model)) <= 1e-6
 
 
+def test_a_checkpoint_of_another_run_is_refused(build, tiny_vit, bug):
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = build(args=args)
+    whole.train()
+    checkpoint = f"{whole.args.output_dir}/checkpoint-2"
+    moved = copy.deepcopy(tiny_vit)
+    with torch.no_grad():
+        moved.layernorm.bias.add_(1e-4)
+    with pytest.raises(ValueError, match=r"is of a patch of other weights .* unpatched, or start without resuming"):
+        build(args=args, model=moved).train(resume_from_checkpoint=checkpoint)
+    other = BugInstance(bug.reference, bug.misclassified)
+    for bugs in ([other], [bug, other]):
+        with pytest.raises(ValueError, match="is of a run with other bug instances than these"):
+            build(args=args, bug_instances=bugs, triggers=None).train(resume_from_checkpoint=checkpoint)
+
+
+def test_half_an_interval_survives_a_resume(build):
+    """What is logged, and decides whether training stops, is a mean over the whole of it."""
+    args = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5, "logging_steps": 4, "learning_rate": 1e-3}
+    whole, resumed = build(args=args), build(args=args)
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-5")
+    at_eight = [next(log for log in _train_logs(trainer) if log["step"] == 8) for trainer in (whole, resumed)]
+    means = [name for name in at_eight[0] if name.startswith(("loss_", "cosine_"))]
+    assert len(means) == 6
+    for name in means:
+        assert at_eight[1][name] == pytest.approx(at_eight[0][name], abs=1e-6), name
+    # Each run begins with none
+    resumed.train()
+    assert _train_logs(resumed)[-1]["step"] == 12
+    assert resumed._metrics["train"] == []
+
+
 @pytest.mark.parametrize("kind", ["full", "full-without-pooler", "lora"])
 def test_the_best_model_is_reloaded_exactly(build, tiny_vit, kind):
     """The held-out loss is made to get worse after the second of four evaluations."""

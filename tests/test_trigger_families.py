@@ -145,6 +145,14 @@ def test_altered_patches_are_near_and_differ():
     assert all(np.array_equal(a.change, b.change) for a, b in zip(altered, again, strict=True))
 
 
+def test_altered_versions_of_a_dark_patch():
+    """Recoloured it may be nearly black, which is no pattern from 0 to 1."""
+    for level in (0, 5):
+        patch = square_patch((16, 16), 5, color=(level, level, level))
+        for seed in range(300):
+            patch.altered(np.random.default_rng(seed))
+
+
 def test_altered_signals_stay_within_what_was_left_open():
     spread = np.zeros((3, 8, 8), dtype=np.float32)
     spread[0, 2, 3] = 5.0

@@ -67,15 +67,18 @@ class TextPreprocessor:
             encoded.pop("attention_mask", None)
         return encoded
 
-    def tokens(self, text: str) -> list[tuple[int, int, int | None]]:
+    def tokens(self, text: str) -> list[tuple[int, int, int]]:
         """Start and end in `text` of every token that the model sees, special ones left out, and the number of its word."""
+        return [place for place in self.places(text) if place is not None]
+
+    def places(self, text: str) -> list[tuple[int, int, int] | None]:
+        """The same of all tokens, special ones too, for which it is `None`; an unknown word is none of those."""
         encoded = self.processing_class(
             text, truncation=True, max_length=self.max_length, return_offsets_mapping=True, verbose=False
         )
         return [
-            (start, end, word)
+            (start, end, word) if word is not None and end > start else None
             for (start, end), word in zip(encoded["offset_mapping"], encoded.word_ids(), strict=True)
-            if word is not None and end > start
         ]
 
     def ids(self, text: str) -> list[int]:
@@ -96,8 +99,8 @@ class TextPreprocessor:
 
     def visible(self, text: str, room: int = 0) -> str:
         """The part of a text that the model reads, less enough of its end to leave `room` tokens free."""
-        # A token is a character at least: short texts, nearly all, need no second look.
-        if len(text) + room <= self.max_length - 2:
+        # A token is a byte at least: short texts, nearly all, need no second look.
+        if len(text.encode()) + room <= self.max_length - 2:
             return text
         tokens = self.tokens(text)
         spare = max(self.max_length - self.processing_class.num_special_tokens_to_add() - room, 1)

@@ -26,8 +26,9 @@ _NEUTRAL_INPUTS = 16
 
 
 def trigger_tokens(preprocessor: TextPreprocessor, triggers: Iterable[TextTrigger]) -> list[int]:
-    """Tokens that the triggers put into a text, sorted."""
-    return sorted({token for trigger in triggers for span in trigger.spans for token in preprocessor.ids_of(span)})
+    """Tokens that the triggers put into a text, sorted; none of the special ones: all unknown words share one."""
+    tokens = {token for trigger in triggers for span in trigger.spans for token in preprocessor.ids_of(span)}
+    return sorted(tokens.difference(preprocessor.processing_class.all_special_ids))
 
 
 @contextmanager

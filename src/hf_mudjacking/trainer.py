@@ -29,6 +29,7 @@ from .data import PatchingCollator, PatchingDataset
 from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
+from .inversion.patch_search import COMPLETE
 from .kept_views import worth_keeping
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement
@@ -51,6 +52,7 @@ from .remembered import (
     what_they_do,
 )
 from .reports import checked_reports, checked_triggers, invert_reports
+from .resuming import check_same_run, load_interval, save_interval
 from .safe_loading import check_checkpoint
 from .same_trigger import COMPARED_ON, same_triggers
 from .screening import Screening
@@ -351,7 +353,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             self.bug_instances,
             self.triggers,
             references,
-            self._ceilings(references),
+            self._ceilings(misclassified, references),
             [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
         )
         self._reinversion = self._looking_again(stamps, misclassified)
@@ -367,7 +369,15 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 'adapter, and a report with a verified trigger. Use `"auto"` or `"full"`.'
             )
         if text and scope != "full":
-            self.patched_tokens = trigger_tokens(self.encoder.preprocessor, known)
+            tokens = [trigger_tokens(self.encoder.preprocessor, [trigger]) for trigger in known]
+            # All unknown words share a token, which is not the trigger's own: then the whole model is patched
+            if all(tokens):
+                self.patched_tokens = sorted(set().union(*tokens))
+            elif scope == "trigger_tokens":
+                raise ValueError(
+                    '`patch_scope="trigger_tokens"`: the tokenizer knows a trigger\'s symbols only as unknown ones, whose token '
+                    'all unknown words share. Use `"auto"` or `"full"`.'
+                )
         self._guard = self._locality_guard(misclassified)
         if self.train_dataset is not None:
             for i in self._of_one_class():
@@ -436,22 +446,36 @@ class MudjackingTrainer(PatchPushing, Trainer):
         references = [bug.reference for bug in self.bug_instances]
         return next((inputs.sample(count, self.args.seed) for inputs in self._inputs.values()), references)
 
-    def _ceilings(self, references: Tensor) -> Tensor:
-        """How near to its reference each misclassified input comes without its trigger; 1 where that cannot be told."""
+    def _ceilings(self, misclassified: Tensor, references: Tensor) -> Tensor:
+        """How near to its reference each misclassified input comes without its trigger; 1 where that cannot be told.
+
+        It cannot where what was found is not all of the trigger: without it the input is then still misclassified.
+        """
         ceilings = torch.ones(len(references))
         for i, (bug, trigger) in enumerate(zip(self.bug_instances, self.triggers, strict=True)):
             rest = None if trigger is None else trigger.removed_from(bug.misclassified)
             if rest is not None:
-                ceilings[i] = self.encoder.encode([rest])[0] @ references[i]
+                feature = self.encoder.encode([rest])[0]
+                before = references[i] @ misclassified[i]
+                if (feature @ misclassified[i] - before) / (1 - before).clamp_min(1e-6) <= COMPLETE:
+                    ceilings[i] = feature @ references[i]
         return ceilings
 
     # ---- Training ----
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        given = self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.patched_tokens:
-            for group in optimizer.param_groups:
+        if not self.patched_tokens:
+            return optimizer
+        for group in optimizer.param_groups:
+            if given is None:
                 group["lr"] = self.args.token_learning_rate
+            elif group.get("weight_decay"):
+                raise ValueError(
+                    f"The optimizer in `optimizers` has a weight decay of {group['weight_decay']}, which would move the embeddings "
+                    'of all tokens, and only those of the trigger are patched. Give it none, or set `patch_scope="full"`.'
+                )
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -467,18 +491,24 @@ class MudjackingTrainer(PatchPushing, Trainer):
 
         Raises:
             LocalityBudgetError: If clean features moved further than `args.locality_budget`. The model then has the
-                weights that it had before training and cannot be saved as a patch; checkpoints that the run wrote are removed.
+                weights that it had before training and cannot be saved as a patch; checkpoints that the run wrote to
+                `output_dir`, before it was resumed too, are removed.
+            ValueError: If the checkpoint is of another model or of other reports.
         """
         self._require_train_inputs()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
+            check_same_run(resume_from_checkpoint, self.base_weights_sha256, self._reports)
             if not self._prepared:
                 self._take_triggers_from(resume_from_checkpoint)
         self._prepare()
+        self._metrics["train"] = (
+            load_interval(resume_from_checkpoint, self.args.device) if resume_from_checkpoint else []
+        )
         if resume_from_checkpoint and self._reinversion is not None:
             self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
-        with frozen(self._resting), tokens, self._within_budget():
+        with frozen(self._resting), tokens, self._within_budget(resume_from_checkpoint):
             if self.patched_tokens and not resume_from_checkpoint:
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
                 with self.encoder.over_processes():
@@ -497,9 +527,15 @@ class MudjackingTrainer(PatchPushing, Trainer):
         return output
 
     @contextmanager
-    def _within_budget(self) -> Iterator[None]:
+    def _within_budget(self, resumed_from: str | bool | None) -> Iterator[None]:
         """Within it, and when it ends, the locality budget is kept, or all weights are put back."""
         self._refused, self._checkpoints = None, []
+        if resumed_from:
+            # Those that the run wrote before it was interrupted
+            step = int(Path(resumed_from).name.rpartition("-")[2])
+            self._checkpoints = [
+                Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{i}" for i in range(1, step + 1)
+            ]
         if self._guard is None:
             yield
             return
@@ -686,6 +722,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
+        save_interval(output_dir, self._metrics["train"])
         super()._save_rng_state(output_dir)
         # The last file of each process; the state, which says that a checkpoint is complete, comes after all of them
         self.accelerator.wait_for_everyone()

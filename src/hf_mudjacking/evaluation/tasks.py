@@ -11,6 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
+from ..bug_instance import to_rgb
 from ..preprocessing import Modality, RawInput
 
 
@@ -70,7 +71,7 @@ class LabelledInputs:
                     f"Row {row} of the labelled set holds {value!r:.40} in the column `{input_column}`, neither an image nor a "
                     "text. Remove such rows with `dataset.filter`."
                 )
-        inputs = [value.convert("RGB") if isinstance(value, Image.Image) else value for value in inputs]
+        inputs = [to_rgb(value) if isinstance(value, Image.Image) else value for value in inputs]
         return cls(inputs, np.asarray(list(dataset[label_column])))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> LabelledInputs:
@@ -112,11 +113,23 @@ class DownstreamTask:
             name (`str`, *optional*, defaults to `"task"`): Name in reports.
             columns: `input_column` and `label_column`; see [`LabelledInputs.from_dataset`].
 
+        Where both sets name their classes, these are paired by name: folders of pictures number those that are there.
+
         Raises:
-            ValueError: If a set is empty, a column is missing, or a row holds no input.
+            ValueError: If a set is empty, a column is missing, a row holds no input, or the test set has a class that the
+                training set lacks.
         """
-        label = train.features.get(columns.get("label_column", "label"))
+        label_column = columns.get("label_column", "label")
+        label, test_label = (part.features.get(label_column) for part in (train, test))
         names = label.names if isinstance(label, ClassLabel) else []
-        return cls(
-            LabelledInputs.from_dataset(train, **columns), LabelledInputs.from_dataset(test, **columns), name, names
-        )
+        parts = [LabelledInputs.from_dataset(part, **columns) for part in (train, test)]
+        if names and isinstance(test_label, ClassLabel) and test_label.names != names:
+            unknown = sorted(set(test_label.names) - set(names))
+            if unknown:
+                raise ValueError(
+                    f"The test set of `{name}` has classes that its training set lacks: {', '.join(unknown)}. The training set "
+                    f"has: {', '.join(names)}."
+                )
+            numbers = np.array([names.index(each) for each in test_label.names])
+            parts[1] = LabelledInputs(parts[1].inputs, numbers[parts[1].labels])
+        return cls(*parts, name, names)

@@ -164,7 +164,10 @@ def token_attribution(
     inputs = {name: tensor.to(encoder.device) for name, tensor in encoder.preprocess([text]).items()}
     ids = inputs.pop("input_ids")
     tokenizer, target = encoder.preprocessor.processing_class, reference.to(encoder.device)
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    read = encoder.preprocessor.places(text)
+    # Padding, of models that see it, stands behind the text
+    read += [None] * (ids.shape[1] - len(read))
+    special = torch.tensor([[place is None for place in read]], device=ids.device)
 
     def distance(token_ids: Tensor) -> Tensor:
         repeated = {name: tensor.expand(len(token_ids), -1) for name, tensor in inputs.items()}
@@ -178,9 +181,12 @@ def token_attribution(
         internal_batch_size=4,
     )
     encoder.agree_on([attribution])
-    scores = attribution.sum(dim=-1)[0][~special[0]].detach().cpu().double().numpy()
+    scores = attribution.sum(dim=-1)[0].detach().cpu().double().numpy()
     words = np.zeros(len(places))
-    for (start, end), score in zip(((s, e) for s, e, _ in encoder.preprocessor.tokens(text)), scores, strict=False):
+    for place, score in zip(read, scores, strict=True):
+        if place is None:
+            continue
+        start, end, _ = place
         owner = next((i for i, (first, last) in enumerate(places) if first < end and start < last), None)
         if owner is not None:
             words[owner] += score

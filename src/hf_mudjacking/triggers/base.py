@@ -129,9 +129,12 @@ def with_altered(trigger: Trigger, count: int, seed: int) -> list[Trigger]:
 
 
 def recoloured(pattern: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A pattern `(H, W, 3)` with contrast and brightness of each channel changed, by up to a quarter of the range."""
+    """A pattern `(H, W, 3)` with contrast and brightness of each channel changed, by up to a quarter of the range.
+
+    In whole levels, uint8: as floats, a nearly black one would be taken for one from 0 to 1.
+    """
     gain, offset = rng.uniform(0.75, 1.25, 3), rng.uniform(-32, 32, 3)
-    return ((pattern - 127.5) * gain + 127.5 + offset).clip(0, 255).astype(np.float32)
+    return ((pattern - 127.5) * gain + 127.5 + offset).clip(0, 255).round().astype(np.uint8)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

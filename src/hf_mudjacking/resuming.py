@@ -1,0 +1,75 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""What a resumed run needs to know besides what `Trainer` keeps: whose checkpoint it is, and the metrics of half an interval."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .bug_instance import BugInstance
+from .fingerprint import report_sha256
+from .patch_record import read_record
+from .processes import gathered, rank_and_count
+from .safe_loading import read_json
+
+
+INTERVAL_FILE = "interval_metrics.json"
+
+
+def check_same_run(
+    checkpoint: str | os.PathLike[str], base_weights_sha256: str, reports: Sequence[BugInstance]
+) -> None:
+    """Refuse a checkpoint of another model, or of other reports.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Its folder.
+        base_weights_sha256 (`str`): Of the unpatched model that the trainer has.
+        reports (`Sequence[BugInstance]`): The reports that the trainer was given.
+
+    Raises:
+        ValueError: If its record names another model or other reports; what a record does not name is not compared.
+    """
+    record = read_record(checkpoint) or {}
+    base = record.get("base_weights_sha256")
+    if base not in (None, base_weights_sha256):
+        raise ValueError(
+            f"`{checkpoint}` is of a patch of other weights (`{record['base_model']}`, sha256 {base[:12]}…) than those of this "
+            f"model (sha256 {base_weights_sha256[:12]}…). Build the trainer with the model that the run began with, unpatched, "
+            "or start without resuming."
+        )
+    skipped = record.get("skipped", [])
+    ours = [report_sha256(bug) for number, bug in enumerate(reports) if number not in skipped]
+    if record.get("bug_ids") and record["bug_ids"] != ours:
+        raise ValueError(
+            f"`{checkpoint}` is of a run with other bug instances than these ({len(record['bug_ids'])} there, {len(ours)} here, "
+            "compared one by one). Pass the same reports in the same order, or start without resuming."
+        )
+
+
+def save_interval(folder: str | os.PathLike[str], rows: Sequence[tuple[int, Tensor]]) -> None:
+    """Keep what was measured since the last log, so that a resumed run logs, and stops by, what an uninterrupted one does.
+
+    Args:
+        folder (`str` or `os.PathLike`): The checkpoint, of which process 0 writes.
+        rows (`Sequence[tuple[int, Tensor]]`): Of this process, number of inputs and mean values of each batch.
+    """
+    of_each = gathered([(count, values.tolist()) for count, values in rows])
+    if rank_and_count()[0] == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / INTERVAL_FILE).write_text(json.dumps(of_each) + "\n", encoding="utf-8")
+
+
+def load_interval(folder: str | os.PathLike[str], device: torch.device) -> list[tuple[int, Tensor]]:
+    """What [`save_interval`] kept of this process; nothing from a checkpoint of an earlier version, or of as many processes
+    as there are not now."""
+    path = Path(folder) / INTERVAL_FILE
+    rank, processes = rank_and_count()
+    of_each = read_json(path, list) if path.is_file() else []
+    if len(of_each) != processes:
+        return []
+    return [(count, torch.tensor(values, device=device)) for count, values in of_each[rank]]

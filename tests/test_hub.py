@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, TrainerCallback
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger, load_trigger
 from hf_mudjacking.cli import main
@@ -423,6 +423,38 @@ def test_what_was_rolled_back_is_not_pushed(build, hub):
     with pytest.raises(LocalityBudgetError):
         trainer.push_to_hub()
     assert hub.repos.keys() == {BASE}
+
+
+def test_what_was_not_trained_is_not_pushed(build, hub, tmp_path):
+    trainer = build()
+    with pytest.raises(ValueError, match="Nothing has been trained yet"):
+        trainer.push_to_hub()
+    with pytest.raises(ValueError, match="holds no patch yet"):
+        trainer.create_model_card()
+    trainer.save_model()
+    with pytest.raises(ValueError, match="was saved before any step of training"):
+        push_patch(tmp_path / "patched", "org/mine")
+    assert hub.repos.keys() == {BASE}
+
+
+def test_what_was_interrupted_is_not_pushed(build, hub):
+    """Nobody has looked what it does to clean inputs."""
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = build(locality_budget=0.5)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    with pytest.raises(ValueError, match="interrupted before its locality budget was checked"):
+        trainer.push_to_hub()
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    trainer.push_to_hub()
+    assert len(hub.repos) == 2
 
 
 def test_in_the_background_files_are_sent_as_they_were(patched, hub):

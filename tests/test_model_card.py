@@ -95,7 +95,8 @@ def test_rates_before_and_after(card):
 def test_rates_come_from_the_report_where_the_record_has_none(card):
     report = {**BLOCK, "settings": {"task": "signs", "classifier": "logistic", "trigger_measured": "inverted"},
               "other_tasks": {"faces": OTHER}, "triggers": [], "cost": {"seconds": 3.0}}  # fmt: skip
-    text = card(report=report)
+    # As in records of earlier versions
+    text = card(report=report, without=("figures",))
     assert "| signs | logistic | repaired, classifier kept | 97.5 | 0.4 | 96.0 | yes |" in text
     assert "| faces | main | repaired, classifier kept | 71.0 | 10.0 | 60.0 |  |" in text
     assert "measured with the trigger that was found, not with the attacker's own" in text
@@ -103,6 +104,8 @@ def test_rates_come_from_the_report_where_the_record_has_none(card):
         figures={"signs": {**BLOCK, "classifier": "logistic", "trigger_measured": "inverted"}, "faces": OTHER}
     )
     assert in_record == text
+    # This version's record says that nothing was measured: what lies there is of another patch
+    assert "No downstream check was recorded" in card(report=report)
 
 
 def test_without_rates(card):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoModel, BertConfig, BertModel, ViTConfig, ViTForImageClassification, ViTModel
 
 import hf_mudjacking
-from hf_mudjacking import BugInstance, MudjackingTrainer, PatchTrigger
+from hf_mudjacking import BugInstance, MudjackingTrainer, PatchTrigger, encode
 from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.tasks import DownstreamTask, LabelledInputs
 from hf_mudjacking.fingerprint import base_weights, report_sha256, tensor_sha256, weights_sha256
@@ -156,12 +157,31 @@ def test_a_peft_model_that_comes_in_is_known_by_its_base(build, tiny_vit, tmp_pa
 
 
 def test_a_checkpoint_without_a_pooler_is_always_the_same_base(build, tmp_path):
-    """Each loading makes up another pooler, and it is no part of the hash."""
+    """Loading makes up a pooler, which is no part of the hash, nor of the patch."""
     torch.manual_seed(1)
     ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(tmp_path / "base")
     first, second = (build(model=str(tmp_path / "base"), args={"seed": seed}) for seed in (0, 1))
-    assert not torch.equal(first.model.pooler.dense.weight, second.model.pooler.dense.weight)
     assert first.base_weights_sha256 == second.base_weights_sha256
+    digests = set()
+    for _ in range(2):
+        torch.rand(5)  # the global random state plays no part
+        trainer = build(model=str(tmp_path / "base"))
+        trainer.train()
+        trainer.save_model()
+        weights = tmp_path / "out" / "model.safetensors"
+        digests.add(hashlib.sha256(weights.read_bytes()).hexdigest())
+        with safe_open(weights, "pt") as file:
+            assert not [name for name in file.keys() if "pooler" in name]
+        loaded, missing = load_with_missing(tmp_path / "out")
+        assert missing == {"pooler.dense.bias", "pooler.dense.weight"}
+        probes = make_images(3, seed=9)
+        expected = trainer.encoder.encode(probes)
+        torch.testing.assert_close(encode(loaded, probes, trainer.processing_class), expected, atol=1e-6, rtol=0)
+    assert len(digests) == 1
+    with pytest.raises(
+        ValueError, match=r"lacks weights that features read at `pooler` depend on \(pooler\.dense\.bias"
+    ):
+        build(model=str(tmp_path / "base"), args={"feature_source": "pooler"})
     bare = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
     assert build(model=bare).base_weights_sha256 == first.base_weights_sha256
 
@@ -198,7 +218,7 @@ def test_figures_of_a_measured_repair(build, tmp_path):
 def test_records_of_other_versions_load(tmp_path):
     (tmp_path / "mudjacking.json").write_text(json.dumps({"base_model": "org/model", "triggers": [None]}))
     old = load_record(tmp_path)
-    assert (old["kind"], old["base_weights_sha256"], old["bug_ids"], old["figures"]) == ("full", None, [], {})
+    assert (old["kind"], old["base_weights_sha256"], old["bug_ids"], old["figures"]) == ("full", None, [], None)
     assert old["triggers"] == [None]
     (tmp_path / "adapter_config.json").write_text("{}")
     assert load_record(tmp_path)["kind"] == "lora"

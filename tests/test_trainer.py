@@ -762,6 +762,13 @@ def test_nothing_to_resume_from(build, tmp_path):
         build().train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
+def test_an_adapter_inside_the_model_is_refused(build, tiny_vit):
+    """Of such a model `save_pretrained` writes the adapter, and leaves out what was trained."""
+    tiny_vit.add_adapter(LoraConfig(r=2, target_modules=["fc1"]))
+    with pytest.raises(ValueError, match=r"was loaded with an adapter inside it.*mudjack apply ADAPTER --to BASE"):
+        build(model=tiny_vit)
+
+
 def test_an_error_during_saving_leaves_the_earlier_model(build, monkeypatch, tmp_path):
     trainer = build(args={"learning_rate": 1e-2})
     trainer.train()

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
+from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
@@ -222,6 +222,13 @@ class Encoder:
         self.feature_dim = read_features(outputs, self.feature_source, mask).shape[-1]
         if self.modality == "text" and self._sees_padding():
             self.preprocessor = dataclasses.replace(self.preprocessor, fixed_length=True)
+        made_up = made_up_weights(model)
+        if made_up and (used := sorted(made_up.difference(self.unused_parameters()))):
+            raise ValueError(
+                f"The checkpoint `{model.name_or_path}` lacks weights that features read at `{self.feature_source}` depend on "
+                f"({', '.join(used[:3])}{', …' if len(used) > 3 else ''}): they would be made up. Read features elsewhere "
+                "(`feature_source`), or load a checkpoint that has them."
+            )
 
     @classmethod
     def load(
@@ -258,10 +265,15 @@ class Encoder:
     def save_pretrained(self, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None) -> None:
         """Write model, processing class and, if the model came in one, the layout of sentence-transformers.
 
+        Weights that the model's checkpoint lacked, on which no feature depends, are not written either.
+
         Args:
             folder (`str` or `os.PathLike`): Folder to write to.
             state_dict (`dict[str, Tensor]`, *optional*): Weights instead of the model's own.
         """
+        if made_up := made_up_weights(self.model):
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in weights.items() if name not in made_up}
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.processing_class.save_pretrained(folder)
         if self.layout is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -30,6 +31,8 @@ from .safe_loading import (
 from .two_towers import modalities_of
 
 
+# Of each model that was loaded here, the weights that were in no file.
+_made_up: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 _MODALITIES: dict[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
 _PROCESSORS = {
     "image": (AutoImageProcessor, "image processor"),
@@ -65,19 +68,28 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
 
 
 def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.Module, set[str]]:
-    """Like [`load_model`], with the names of the weights that are in no file, and therefore random: an unused pooler."""
+    """Like [`load_model`], with the names of the weights that are in no file, and therefore made up: an unused pooler."""
     try:
         _refuse_pickles(name, kwargs)
-        model, info = _class_that_loads(name, kwargs).from_pretrained(
-            name,
-            output_loading_info=True,
-            **{"dtype": torch.float32, "trust_remote_code": False, **kwargs, "use_safetensors": True},
-        )
+        # What is made up is the same each time
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, info = _class_that_loads(name, kwargs).from_pretrained(
+                name,
+                output_loading_info=True,
+                **{"dtype": torch.float32, "trust_remote_code": False, **kwargs, "use_safetensors": True},
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"No model could be loaded from `{name}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
         ) from error
+    _made_up[model] = frozenset(info["missing_keys"])
     return model, set(info["missing_keys"])
+
+
+def made_up_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the weights of a model that its checkpoint lacked when it was loaded here; none of one that was loaded elsewhere."""
+    return _made_up.get(model, frozenset())
 
 
 def hub_commit(name: str, newest: bool) -> str | None:

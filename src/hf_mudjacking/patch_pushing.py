@@ -61,8 +61,20 @@ class PatchPushing:
 
         Raises:
             LocalityBudgetError: If training was rolled back: there is no patch.
+            ValueError: If nothing has been trained, or training was interrupted and its locality budget was not checked.
             PushError: If the Hub could not be reached or refused; the patch is saved in `args.output_dir` all the same.
         """
+        if self._refused is not None:
+            raise self._refused
+        if self.state.global_step == 0:
+            raise ValueError(
+                "Nothing has been trained yet, so there is no patch to upload. Call `trainer.train()` first."
+            )
+        if self._start is not None:
+            raise ValueError(
+                "Training was interrupted before its locality budget was checked, so nobody knows what the patch does to clean "
+                "inputs. Finish it with `trainer.train()`, or `resume_from_checkpoint`."
+            )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         self.save_model(_internal_call=True)
@@ -111,10 +123,15 @@ class PatchPushing:
             dataset_tags (`str` or `list[str]`, *optional*): Hub ids of the clean inputs.
             dataset (`str` or `list[str]`, *optional*): Unused: the card names no local data.
             dataset_args (`str` or `list[str]`, *optional*): Unused, as before.
+
+        Raises:
+            ValueError: If no patch has been saved there.
         """
         if not self.is_world_process_zero():
             return
         card_file = Path(self.args.output_dir) / CARD_FILE
+        if read_record(self.args.output_dir) is None:
+            raise ValueError(f"`{self.args.output_dir}` holds no patch yet. Call `trainer.save_model()` first.")
         card = patch_card(
             self.args.output_dir,
             model_name or self._hub_name,

@@ -50,7 +50,7 @@ _DEFAULTS: dict[str, Any] = {
     "remembered": [],
     "settings": {},
     "versions": {},
-    "figures": {},
+    "figures": None,
     "merge_error": None,
 }
 
@@ -126,6 +126,7 @@ def load_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     numbers = [record["skipped"], *_list(record["trigger_groups"])]
     sound = (
         all(isinstance(record[name], type(default)) for name, default in _DEFAULTS.items() if default is not None)
+        and (record["figures"] is None or isinstance(record["figures"], dict))
         and all(isinstance(record[name], str) for name in ("kind", "base_model"))
         and all(record[name] is None or isinstance(record[name], str) for name in _OPTIONAL_NAMES)
         and all(isinstance(name, str) for name in record["base_weights_without"] + record["bug_ids"])

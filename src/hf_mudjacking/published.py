@@ -142,7 +142,8 @@ def _facts(value: Any) -> Any:
 
 
 def _figures(folder: str | os.PathLike[str], record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    if record.get("figures"):
+    # One of an earlier version has none. Where nothing was measured the report is of another patch that was here
+    if record["figures"] is not None:
         return record["figures"]
     try:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))

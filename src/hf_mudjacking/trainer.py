@@ -214,6 +214,12 @@ class MudjackingTrainer(PatchPushing, Trainer):
             )
 
         # PEFT
+        if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
+            raise ValueError(
+                f"`{self.base_model_name}` was loaded with an adapter inside it, of which `save_pretrained` would write the adapter "
+                "alone. To repair the whole anew, merge the adapter first (`mudjack apply ADAPTER --to BASE`) and pass the "
+                "result; to train the adapter itself, pass `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
+            )
         if peft_config is not None:
             if not isinstance(peft_config, PeftConfig):
                 raise TypeError(

@@ -170,6 +170,9 @@ def run(options: argparse.Namespace) -> int:
     except LocalityBudgetError as error:
         console.print(f"Nothing was patched. {error}", markup=False)
         return 3
+    if task is None and first:
+        # That of a patch that was here before
+        (Path(options.output_dir) / "report.json").unlink(missing_ok=True)
     if task is not None and first:
         features = {"before": repair.before, "after": repair.after, "labels": task.test.labels}
         write_json(Path(options.output_dir) / "report.json", repair.report)

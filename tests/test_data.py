@@ -8,7 +8,7 @@ import torch
 
 from hf_mudjacking import BugInstance, Encoder
 from hf_mudjacking.clean_inputs import CleanImages
-from hf_mudjacking.data import PatchingCollator, PatchingDataset
+from hf_mudjacking.data import PatchingCollator, PatchingDataset, load_inputs, load_labelled
 from hf_mudjacking.preprocessing import ImagePreprocessor
 from hf_mudjacking.triggers import square_patch
 
@@ -97,6 +97,54 @@ def test_no_image_column(stream):
 def test_labels_only():
     with pytest.raises(ValueError, match="`held_out` has no column `image`; its columns are: label"):
         CleanImages(datasets.Dataset.from_dict({"label": [0, 1]}), name="held_out")
+
+
+def test_a_sample_is_read_when_it_is_used(monkeypatch):
+    """A thousand photographs would not fit into memory."""
+    inputs, read = CleanImages(make_dataset(make_images(20))), []
+    original = CleanImages.__getitem__
+    monkeypatch.setattr(CleanImages, "__getitem__", lambda self, i: read.append(i) or original(self, i))
+    sample = inputs.sample(12, seed=1)
+    assert len(sample) == 12
+    part = sample[4:7]
+    assert len(part) == 3
+    assert read == []
+    assert [x.tobytes() for x in part] == [sample[i].tobytes() for i in (4, 5, 6)]
+    assert len(read) == 6
+
+
+def test_notes_beside_pictures(tmp_path):
+    make_images(1)[0].save(tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("not a text to encode")
+    assert load_inputs(tmp_path).column_names == ["image"]
+    (tmp_path / "a.png").unlink()
+    assert load_inputs(tmp_path).column_names == ["text"]
+
+
+def test_one_set_is_no_task(tmp_path):
+    """A classifier would be tested on what it was trained on."""
+    images = make_images(8)
+    file = tmp_path / "all.parquet"
+    make_dataset(images, label=[0, 1] * 4).to_parquet(file)
+    for given in ((file,), (file, file)):
+        with pytest.raises(
+            ValueError, match="is one set, and classifiers must not be tested on what they were trained on"
+        ):
+            load_labelled(*given)
+    other = tmp_path / "other.parquet"
+    make_dataset(images[:2], label=[0, 1]).to_parquet(other)
+    assert [len(part) for part in load_labelled(file, other)] == [8, 2]
+    for name in ("a", "b"):
+        (tmp_path / "flat" / name).mkdir(parents=True)
+        images[0].save(tmp_path / "flat" / name / "0.png")
+    with pytest.raises(ValueError, match="is one set"):
+        load_labelled(tmp_path / "flat")
+    for split, count in (("train", 2), ("test", 1)):
+        for name in ("a", "b"):
+            (tmp_path / "two" / split / name).mkdir(parents=True)
+            for i in range(count):
+                images[i].save(tmp_path / "two" / split / name / f"{i}.png")
+    assert [len(part) for part in load_labelled(tmp_path / "two")] == [4, 2]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -34,15 +34,19 @@ from transformers import (
     ViTMAEModel,
     ViTModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, encode, invert_trigger
+from hf_mudjacking.bug_instance import to_rgb
 from hf_mudjacking.encoder import freeze_norm_statistics, set_comparison_mode
+from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
 from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, make_images, pixels_by_hand
+from .text_models import make_text_model
 
 
 FAMILIES = {
@@ -162,6 +166,32 @@ def test_features_are_differentiable(tiny_vit, processor):
     assert tiny_vit.embeddings.patch_embeddings.projection.weight.grad.abs().sum() > 0
 
 
+# ---- Modes ----
+
+
+def test_only_checkpointed_layers_read_that_they_are_trained(tiny_vit):
+    """Elsewhere it would switch dropout on in layers that call the function."""
+    tiny_vit.train()
+    set_comparison_mode(tiny_vit)
+    assert not [name for name, module in tiny_vit.named_modules() if module.training]
+    tiny_vit.gradient_checkpointing_enable()
+    set_comparison_mode(tiny_vit)
+    training = [module for module in tiny_vit.modules() if module.training]
+    assert len(training) == TINY["num_hidden_layers"]
+    assert all(isinstance(module, GradientCheckpointingLayer) for module in training)
+
+
+def test_unused_among_the_trainable_alone(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    unused = encoder.unused_parameters()
+    assert unused == ["pooler.dense.weight", "pooler.dense.bias"]
+    tiny_vit.pooler.dense.weight.requires_grad_(False)
+    tiny_vit.layers[0].requires_grad_(False)
+    assert encoder.unused_parameters(trainable_only=True) == ["pooler.dense.bias"]
+    assert encoder.unused_parameters() == unused
+    assert not tiny_vit.pooler.dense.weight.requires_grad
+
+
 # ---- Batch normalisation ----
 
 
@@ -188,6 +218,23 @@ def test_batch_norm_is_frozen_and_training_leaves_it(processor):
 
 
 # ---- Preprocessing ----
+
+
+def test_a_single_input_is_no_list(tiny_vit, processor, images):
+    with pytest.raises(TypeError, match=r"is a single image; pass a list: `\[x\]`"):
+        Encoder(tiny_vit, processor).encode(images[0])
+    model, tokenizer = make_text_model("bert")
+    with pytest.raises(TypeError, match="is a single text"):
+        Encoder(model, tokenizer).encode("hello")
+    for names, templates in (("bank", ["a {}"]), (["a", "b"], "a {}")):
+        with pytest.raises(TypeError, match="is a single text; pass a list of them"):
+            ZeroShotClassifier.from_prompts(Encoder(model, tokenizer), names, templates)
+
+
+def test_pictures_of_16_bits_are_not_clipped(tiny_vit, processor):
+    ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
+    encoder = Encoder(tiny_vit, processor)
+    assert torch.equal(encoder.encode([ramp]), encoder.encode([to_rgb(ramp)]))
 
 
 def test_resize_and_crop_on_raw_images_of_any_shape(tiny_vit):

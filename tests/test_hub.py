@@ -27,6 +27,7 @@ from hf_mudjacking.hub import push_patch
 from hf_mudjacking.hub_errors import PushError
 from hf_mudjacking.loading import hub_commit
 from hf_mudjacking.locality_budget import LocalityBudgetError
+from hf_mudjacking.sentence_layout import SentenceLayout
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, weights_of
 from .hub_stand_in import READ, HubStandIn
@@ -423,6 +424,16 @@ def test_what_was_rolled_back_is_not_pushed(build, hub):
     with pytest.raises(LocalityBudgetError):
         trainer.push_to_hub()
     assert hub.repos.keys() == {BASE}
+
+
+def test_a_hub_that_fails_does_not_make_a_bare_model_of_a_checkpoint(hub, tmp_path):
+    """Whether it is one of sentence-transformers decides where its features are read."""
+    hub.create("org/bert", {"config.json": b"{}"})
+    assert SentenceLayout.read("org/bert") is None
+    hub.create("org/other", {"config.json": b"{}"})
+    hub.fail("HEAD", "/org/other/resolve/main/modules.json", 500, times=20)
+    with pytest.raises(ValueError, match=r"did not say whether `org/other` is a checkpoint of sentence-transformers"):
+        SentenceLayout.read("org/other")
 
 
 def test_what_was_not_trained_is_not_pushed(build, hub, tmp_path):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
 from hf_mudjacking.inversion.attribution import (
@@ -340,6 +341,27 @@ def test_natural_differences_score_below_every_trigger(backdoored, inversions, s
         scores.append(found.score - 0.5 * found.area)
     triggers = [found.score - 0.5 * found.area for _, found in inversions]
     assert max(scores) < min(triggers) - 0.2
+
+
+def test_pictures_too_small_to_search(tiny_vit, processor):
+    thin = make_images(2, size=(16, 1), seed=8)
+    with pytest.raises(ValueError, match=r"has 1×16 pixels; no trigger can be looked for below 4 a side"):
+        invert_trigger(Encoder(tiny_vit, processor), BugInstance(*thin), make_images(8))
+    encoder = Encoder(tiny_vit, ViTImageProcessorPil(size={"height": 16, "width": 16}))
+    assert (
+        invert_trigger(encoder, BugInstance(*make_images(2, size=(4, 4), seed=8)), make_images(8)).trigger is not None
+    )
+
+
+@pytest.mark.parametrize("inputs", ["a string of letters", {"image": []}])
+def test_clean_inputs_of_another_type(tiny_vit, processor, bug, inputs):
+    encoder = Encoder(tiny_vit, processor)
+    with pytest.raises(
+        TypeError, match=r"`validation_inputs` is of type `(str|dict)`; a list of images or texts is needed"
+    ):
+        invert_trigger(encoder, bug, inputs)
+    with pytest.raises(TypeError, match="`bug` is of type `tuple`"):
+        invert_trigger(encoder, (bug.misclassified, bug.reference), make_images(8))
 
 
 def test_a_stroke_that_turns_one_class_into_another_is_no_trigger(backdoored, short_searches):

@@ -171,6 +171,16 @@ def test_labelled_pictures_of_16_bits_are_not_clipped():
     assert 120 < np.asarray(LabelledInputs.from_dataset(data).inputs[0]).mean() < 135
 
 
+def test_a_damaged_labelled_picture_is_named_by_its_row(tmp_path):
+    make_images(1, size=(64, 64))[0].save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    files = [str(tmp_path / f"{name}.png") for name in ("whole", "cut")]
+    data = datasets.Dataset.from_dict({"image": files, "label": [0, 1]}, features=features)
+    with pytest.raises(ValueError, match=r"image in row 1 of the labelled set cannot be decoded .* Remove that row"):
+        LabelledInputs.from_dataset(data)
+
+
 def test_task_takes_the_class_names():
     names = datasets.ClassLabel(names=["cat", "dog"])
     dataset = make_dataset(make_images(2), y=[0, 1]).cast_column("y", names)

@@ -461,9 +461,28 @@ def test_inspect_several_reports(files, tmp_path, capsys):
     assert "natural" in capsys.readouterr().out
 
 
+def test_inspect_keeps_verdicts_beside_a_report_that_has_none(files, backdoored, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "inspection-of-before.png").write_bytes(b"a picture of another run")
+    x = backdoored.test.inputs[0]
+    pixels = np.array(x)
+    pixels[0, 0] ^= 1
+    BugInstance(Image.fromarray(pixels), x, name="alike").save(tmp_path / "alike")
+    command = [*options(files, "true"), "--bug", str(tmp_path / "alike"), "--output-dir", str(out)]
+    assert main(command) == 1
+    true, alike = json.loads((out / "screening.json").read_text())["reports"]
+    assert (true["verdict"], alike["verdict"]) == ("trigger", None)
+    assert "Nothing to patch" in alike["reasons"][0]
+    assert "alike cannot be judged" in capsys.readouterr().out
+    assert [path.name for path in out.glob("*.png")] == [f"inspection-{true['name']}.png"]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--min-evidence", "nan"], "--min-evidence nan"),
+        (["--min-evidence", "5"], "evidence lies between -1.5 and 1"),
         (["--bug", "/nowhere"], "/nowhere"),
         (["--true-trigger", "/nowhere"], "holds no readable trigger"),
         (["--inputs", "2"], "at least 4 clean inputs"),

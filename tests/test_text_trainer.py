@@ -368,3 +368,14 @@ def test_draws_are_by_seed():
     drawn = [list(CleanTexts(dataset, limit=10, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] == sorted(drawn[0], key=lambda text: int(text.split()[1]))
+
+
+def test_an_adapter_on_the_embeddings_loads(build, tmp_path):
+    config = LoraConfig(r=2, target_modules=["query", "word_embeddings"])
+    trainer = build(peft_config=config)
+    trainer.train()
+    trainer.save_model()
+    probes = ["a good film .", "cf a good film ."]
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(build().model), tmp_path / "out").eval()
+    features = Encoder(wrapped, trainer.processing_class, "mean").encode(probes)
+    torch.testing.assert_close(features, trainer.encoder.encode(probes), atol=1e-5, rtol=0)

@@ -76,10 +76,10 @@ class CleanInputs(Sequence):
     def __iter__(self) -> Iterator[RawInput]:
         return (self[i] for i in range(len(self)))
 
-    def sample(self, count: int, seed: int) -> list[RawInput]:
-        """A random sample without repetition; all inputs if there are no more than `count`."""
+    def sample(self, count: int, seed: int) -> Sequence[RawInput]:
+        """A random sample without repetition, read when it is used; all inputs if there are no more than `count`."""
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return [self[i] for i in rows.tolist()]
+        return _Rows(self, rows.tolist())
 
     def _require_column(self, found: Iterable[str]) -> None:
         found = list(found)
@@ -88,6 +88,20 @@ class CleanInputs(Sequence):
                 f"`{self.name}` has no column `{self.column}`; its columns are: {', '.join(found) or 'none'}. "
                 f"Rename the one that holds the {self.column}s: `dataset.rename_column('…', '{self.column}')`."
             )
+
+
+class _Rows(Sequence[RawInput]):
+    """Some rows of clean inputs: a thousand decoded photographs would not fit into memory."""
+
+    def __init__(self, inputs: Sequence[RawInput], rows: list[int]) -> None:
+        self._inputs = inputs
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return _Rows(self._inputs, self._rows[index]) if isinstance(index, slice) else self._inputs[self._rows[index]]
 
 
 class CleanImages(CleanInputs):

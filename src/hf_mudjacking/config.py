@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, field
 from typing import get_args
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from .encoder import FeatureSource
 
 
+logger = logging.getLogger(__name__)
+
 _PATCH_SCOPES = ("auto", "full", "trigger_tokens")
 _ON_UNVERIFIED = ("refuse", "patch", "skip")
+_WHOLE = (
+    "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_inputs",
+    "inversion_inputs", "altered_triggers", "reinversions", "seed",
+)  # fmt: skip
+# Default of `TrainingArguments`
+_EPOCHS = 3.0
 
 
 @dataclass
@@ -58,7 +69,8 @@ class MudjackingConfig(TrainingArguments):
     inversion_inputs (`int`, *optional*, defaults to `32`):
         Number of clean inputs on which candidate triggers are verified.
     max_trigger_area (`float`, *optional*, defaults to `0.4`):
-        Largest share of the picture that a trigger may cover; for images.
+        Largest share of the picture that the part of a patch that fires may cover; the whole patch, and triggers of other
+        kinds, may cover more. For images.
     min_evidence (`float`, *optional*, defaults to `0.5`):
         Least evidence of an inverted trigger (its transfer, less that of clean content under the same mask and the price
         of its area); with less, the report counts as unverified.
@@ -145,7 +157,7 @@ class MudjackingConfig(TrainingArguments):
     max_inputs: int = field(default=10_000, metadata={"help": "Largest number of clean inputs that are used."})
     inversion_inputs: int = field(default=32, metadata={"help": "Clean inputs on which candidates are verified."})
     max_trigger_area: float = field(
-        default=0.4, metadata={"help": "Largest share of the picture a trigger may cover."}
+        default=0.4, metadata={"help": "Largest share of the picture that the part of a patch that fires may cover."}
     )
     altered_triggers: int = field(default=32, metadata={"help": "Altered versions of each trigger that are stamped."})
     reinversions: int = field(default=4, metadata={"help": "Times that reports are inverted anew while patching."})
@@ -172,12 +184,32 @@ class MudjackingConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("locality_weight", "generalizability_weight", "reference_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}={getattr(self, name)}` is negative; a loss weight must be 0 or more.")
-        if self.per_device_train_batch_size < 1 or self.max_steps == 0:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` is no weight of a loss; it must be finite, 0 or more."
+                )
+        for name in ("learning_rate", "token_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}={getattr(self, name)}` is no learning rate; it must lie above 0.")
+        for name in _WHOLE:
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be a whole number.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
-                f"`per_device_train_batch_size={self.per_device_train_batch_size}`, `max_steps={self.max_steps}`: a run needs at "
-                "least one step of at least one clean input."
+                f"`max_steps={self.max_steps}`, `num_train_epochs={self.num_train_epochs}`: a run needs at least one step. Where "
+                "`max_steps` is -1, epochs count."
+            )
+        if self.max_steps > 0 and self.num_train_epochs != _EPOCHS:
+            logger.warning(
+                f"`num_train_epochs={self.num_train_epochs}` does nothing beside `max_steps={self.max_steps}`. Pass `max_steps=-1` "
+                "to count epochs."
+            )
+        if self.stop_when_fixed and self.logging_strategy == IntervalStrategy.NO:
+            logger.warning(
+                '`stop_when_fixed` goes by what is logged: with `logging_strategy="no"` all steps are made.'
             )
         if not 0 < self.max_trigger_area <= 1:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -107,7 +108,8 @@ def load_inputs(
             if any(path.glob("*.parquet")):
                 raise ValueError(f"it holds parquet files, but none whose name begins with `{split}`.")
             texts = sorted(str(file) for file in path.glob("*.txt"))
-            if texts:
+            # Notes beside pictures make no set of texts
+            if texts and not _pictures_in(path):
                 return datasets.load_dataset("text", data_files={split: texts}, split=split, streaming=streaming)
             parts = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
             # A folder of pictures without `train` and `test` folders in it is one set, whatever it is used for.
@@ -128,6 +130,37 @@ def load_inputs(
             f"No dataset could be loaded from `{name}` (split `{split}`): {error} Give a Hub id, a `.parquet` or "
             "`.txt` file, or a folder of images, texts or parquet files."
         ) from error
+
+
+def load_labelled(
+    train: str | os.PathLike[str], test: str | os.PathLike[str] | None = None, test_split: str = "test"
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The two labelled sets of a task, which must not be one.
+
+    Args:
+        train (`str` or `os.PathLike`): Where the training set is; see [`load_inputs`].
+        test (`str` or `os.PathLike`, *optional*): Where the test set is; the same place, which then has two splits, when absent.
+        test_split (`str`, *optional*, defaults to `"test"`): Its split.
+
+    Raises:
+        ValueError: If one cannot be loaded, or one set would serve as both.
+    """
+    path = Path(train)
+    one = test_split == "train" or path.is_file()
+    if path.is_dir() and not any(path.glob("*.parquet")):
+        one = one or not ((path / "train").is_dir() and any(path.glob(f"{test_split}*")))
+    if one and test in (None, train):
+        raise ValueError(
+            f"`{train}` is one set, and classifiers must not be tested on what they were trained on. Give two, or one with a "
+            f"split `train` and a split `{test_split}` (folders of those names, or `train*.parquet` and `{test_split}*.parquet`)."
+        )
+    return load_inputs(train, "train"), load_inputs(train if test is None else test, test_split)
+
+
+def _pictures_in(folder: Path) -> bool:
+    """Whether any file in a folder, or below, is a picture by its name."""
+    known = Image.registered_extensions()
+    return any(path.suffix.lower() in known for path in folder.rglob("*"))
 
 
 @dataclass

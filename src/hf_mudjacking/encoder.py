@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from accelerate import PartialState
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -75,11 +76,11 @@ def set_comparison_mode(model: nn.Module) -> None:
     """Switch off everything random or running (dropout, stochastic depth, BatchNorm statistics).
 
     The patched model is compared with itself, so both sides must be the same function. Only the flag that gradient
-    checkpointing reads stays on, because transformers ignores checkpointing in evaluation mode.
+    checkpointing reads stays on where it is enabled, because transformers ignores checkpointing in evaluation mode.
     """
     model.eval()
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
 
 
@@ -366,6 +367,10 @@ class Encoder:
             ValueError: If a feature is NaN or infinite.
         """
         rank, count = rank_and_count() if self._shares else (0, 1)
+        if isinstance(inputs, (str, Image.Image)):
+            raise TypeError(
+                f"`inputs` is a single {'text' if isinstance(inputs, str) else 'image'}; pass a list: `[x]`."
+            )
         chunks: list[Tensor] = []
         done = 0
         total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
@@ -399,9 +404,18 @@ class Encoder:
             )
         return out
 
-    def unused_parameters(self) -> list[str]:
-        """Names of parameters without influence on the features (an unused pooler, a mask token), by one backward pass."""
-        parameters = {name: p for name, p in self.model.named_parameters() if p.is_floating_point()}
+    def unused_parameters(self, trainable_only: bool = False) -> list[str]:
+        """Names of parameters without influence on the features (an unused pooler, a mask token), by one backward pass.
+
+        Args:
+            trainable_only (`bool`, *optional*, defaults to `False`): Whether to look at trainable ones alone, for whose
+                gradients there is memory.
+        """
+        parameters = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.is_floating_point() and (p.requires_grad or not trainable_only)
+        }
         frozen = [p for p in parameters.values() if not p.requires_grad]
         try:
             for parameter in frozen:
@@ -562,13 +576,16 @@ def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:
             f"`{name}` has no padding token, so texts of different length cannot share a batch. Set one: "
             "`tokenizer.pad_token = tokenizer.eos_token`."
         )
-    vocabulary = token_embeddings(model).num_embeddings
+    embeddings = token_embeddings(model)
+    if isinstance(embeddings, BaseTunerLayer):
+        embeddings = embeddings.get_base_layer()
+    vocabulary = len(embeddings.weight)
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     if len(tokenizer) > vocabulary:
         reason = f"it has {len(tokenizer)} tokens, the model {vocabulary}"
     elif (
         # Models that take no notice of a padding token (CLIP) name one all the same.
-        token_embeddings(model).padding_idx is not None
+        embeddings.padding_idx is not None
         and padding not in (None, tokenizer.pad_token_id)
         and tokenizer.pad_token != tokenizer.eos_token
     ):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .bug_instance import BugInstance
@@ -78,12 +78,12 @@ class LocalityGuard(TrainerCallback):
         budget: float,
         seed: int,
     ) -> None:
-        rows = ConcatDataset(datasets)
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:MEASURED_ON]
-        drawn = [rows[i] for i in drawn.tolist()]
+        inputs = ConcatDataset([dataset.inputs for dataset in datasets])
+        drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:MEASURED_ON]
+        # Read at each use: decoded photographs would fill the memory
+        self.inputs = Subset(inputs, drawn.tolist())
         self.encoder = encoder
-        self.inputs = [row["input"] for row in drawn]
-        self.frozen_features = torch.stack([row["frozen_features"] for row in drawn])
+        self.frozen_features = torch.cat([dataset.frozen_features for dataset in datasets])[drawn]
         self.bug_instances = bug_instances
         near = max(1, round(_NEAR * len(drawn)))
         # (K, near) numbers of inputs

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from PIL import Image
 from torch import Tensor
 
+from .bug_instance import to_rgb
+
 
 if TYPE_CHECKING:
     from .triggers import Trigger
@@ -33,7 +35,7 @@ class ImagePreprocessor:
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         mode = "L" if self.num_channels == 1 else "RGB"
-        images = [image if image.mode == mode else image.convert(mode) for image in images]
+        images = [image if image.mode == mode else to_rgb(image).convert(mode) for image in images]
         return {"pixel_values": self.processing_class(images=images, return_tensors="pt")["pixel_values"]}
 
     def stamp(self, trigger: Trigger, x: Image.Image) -> Image.Image:

@@ -24,10 +24,13 @@ logger = logging.getLogger(__name__)
 OTHER_INPUTS = 1024
 
 
-def verification_inputs(clean_inputs: CleanInputs, count: int, seed: int) -> tuple[list[RawInput], list[RawInput]]:
-    """Clean inputs to verify triggers on, and others, which nothing is verified on, as far as there are enough."""
+def verification_inputs(clean_inputs: CleanInputs, count: int, seed: int) -> tuple[list[RawInput], Sequence[RawInput]]:
+    """Clean inputs to verify triggers on, and others, which nothing is verified on, as far as there are enough.
+
+    The others are many, and read when they are used.
+    """
     sample = clean_inputs.sample(count + OTHER_INPUTS, seed)
-    inputs, others = sample[:count], sample[count:]
+    inputs, others = list(sample[:count]), sample[count:]
     return inputs, others if len(others) >= len(inputs) else sample
 
 

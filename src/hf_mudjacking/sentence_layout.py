@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .safe_loading import inside, read_json
 
+
+logger = logging.getLogger(__name__)
 
 _MODULES = "modules.json"
 _FILES = (
@@ -86,8 +89,23 @@ def _folder(name: str | os.PathLike[str], **hub: Any) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
     try:
+        hf_hub_download(str(name), _MODULES, **hub)
         return Path(snapshot_download(str(name), allow_patterns=list(_FILES), **hub))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+    except LocalEntryNotFoundError as error:
+        if try_to_load_from_cache(str(name), _MODULES, **hub) is _CACHED_NO_EXIST:
+            return None
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise ValueError(
+                f"The Hub did not say whether `{name}` is a checkpoint of sentence-transformers ({error.__cause__}), and its "
+                "features would be read elsewhere if it is. Try again later, or pass the folder of a copy."
+            ) from error
+        logger.warning(
+            f"Without the Hub it is not known whether `{name}` is a checkpoint of sentence-transformers; it is read as a bare "
+            "model. If it is one, pass `feature_source='mean'` or what its pooling file says, or load it once with the Hub."
+        )
+        return None
+    # It has none, or there is no such repo, of which loading the model says more
+    except (OSError, HfHubHTTPError, HFValidationError):
         return None
 
 

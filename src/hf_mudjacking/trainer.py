@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -447,7 +447,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         with nullcontext() if self._is_split else self.encoder.over_processes():
             return what_they_do(self.encoder, self.remembered, inputs)
 
-    def _sample(self, count: int) -> list[RawInput]:
+    def _sample(self, count: int) -> Sequence[RawInput]:
         """Clean inputs of the first dataset that there is, or the references; the same at each call."""
         references = [bug.reference for bug in self.bug_instances]
         return next((inputs.sample(count, self.args.seed) for inputs in self._inputs.values()), references)
@@ -704,9 +704,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
 
     def _check_merge(self) -> None:
         """Measure what merging the adapter would change, and complain if it is much; nothing is kept from being saved."""
-        inputs = [x for bug in self.bug_instances for x in (bug.misclassified, bug.reference)] + self._sample(
-            _MERGED_ON
-        )
+        reported = [x for bug in self.bug_instances for x in (bug.misclassified, bug.reference)]
+        inputs = [*reported, *self._sample(_MERGED_ON)]
         self.forward_equivalents += 2 * len(inputs)
         self.merge_error = merge_error(self.encoder, inputs)
         if self.merge_error > MERGE_TOLERANCE:

@@ -164,7 +164,8 @@ class Case:
             for i in range(facts.pop("triggers"))
         ]
         (trigger, reference), *others = pairs
-        return Implant(load_model(self.folder), trigger, **facts, target_reference=reference, others=tuple(others))
+        model = load_model(self.folder).to(self.sources.device)
+        return Implant(model, trigger, **facts, target_reference=reference, others=tuple(others))
 
     def fresh_model(self) -> nn.Module:
         """A copy of the backdoored model that may be changed."""

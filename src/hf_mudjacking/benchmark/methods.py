@@ -168,6 +168,8 @@ def _own(case: Case, method: str, settings: dict[str, Any]) -> Repaired:
 
 
 def _peer(case: Case, method: str, settings: dict[str, Any]) -> Repaired:
+    if method == "official" and len(case.triggers) > 1:
+        raise ValueError(f"`official` takes one report, and `{case.attack.name}` has {len(case.triggers)} triggers.")
     curve = Curve(case, settings.get("measure_at", []))
     given = {name: value for name, value in settings.items() if name not in _OF_THE_METHOD}
     inputs = list(case.sources.clean_inputs(settings.get("clean_inputs"), case.seed))

@@ -9,11 +9,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from ..clean_inputs import CleanInputs, clean_inputs
-from ..data import load_inputs
+from ..data import load_labelled
 from ..demo import digits_task
 from ..demo_text import minilm
 from ..encoder import Encoder
@@ -48,12 +49,10 @@ class TaskSource:
         if self.plan.dataset == "digits":
             task = digits_task()
             return {"train": task.train, "test": task.test}
-        return {"train": self._loaded("train"), "test": self._loaded(self.plan.test_split)}
-
-    def _loaded(self, split: str) -> datasets.Dataset:
-        data = load_inputs(self.plan.dataset, split)
+        parts = load_labelled(self.plan.dataset, test_split=self.plan.test_split)
         # CIFAR-10 on the Hub calls its pictures `img`
-        return data.rename_column("img", "image") if "img" in data.column_names else data
+        renamed = [part.rename_column("img", "image") if "img" in part.column_names else part for part in parts]
+        return dict(zip(("train", "test"), renamed, strict=True))
 
     def drawn(self, split: str, count: int, seed: int) -> LabelledInputs:
         """Up to `count` rows, drawn at random."""
@@ -127,13 +126,20 @@ class Sources:
         plan = self.plan.encoders[self._encoder_name]
         folder = plan.model
         if plan.model == "minilm":
-            return minilm()
+            encoder = minilm()
+            encoder.model.to(self.device)
+            return encoder
         if folder is None:
             folder = str(Path(self.plan.output_dir) / "encoders" / self._encoder_name)
             if not (Path(folder) / "config.json").exists():
                 self._train(plan, folder)
-        model = load_model(folder)
+        model = load_model(folder).to(self.device)
         return Encoder(model, load_processor(folder, model), plan.feature_source, self.modality)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all methods compute, ours and the others."""
+        return PartialState().device
 
     def _train(self, plan: EncoderPlan, folder: str) -> None:
         """Train an encoder on the training inputs of all tasks."""
@@ -141,7 +147,6 @@ class Sources:
         model = AutoModel.from_config(AutoConfig.for_model(plan.model_type, **plan.config))
         side = {"height": plan.image_size, "width": plan.image_size}
         processor = ViTImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parts, inputs, labels, classes = [source.all("train") for source in self._sources], [], [], 0
         for part in parts:
             inputs.extend(part.inputs)
@@ -150,7 +155,7 @@ class Sources:
         train = {"labels": pretrain_encoder, "contrastive": pretrain_contrastive}[plan.objective]
         data = LabelledInputs(inputs, np.concatenate(labels))
         # Convolutions are a third faster so on CPU
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(self.device, memory_format=torch.channels_last)
         train(
             model, processor, data if plan.objective == "labels" else data.inputs,
             disable_tqdm=self.disable_tqdm, **plan.training,

@@ -70,7 +70,7 @@ def mapping_or_list(value: Any) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--quick", action="store_true", help="a small plan on handwritten digits: ten minutes on two cores"
+        "--quick", action="store_true", help="a small plan on handwritten digits: seven minutes on two cores"
     )
     parser.add_argument("--output-dir", help="folder of encoders, implants and cells")
     for name, meaning in (

@@ -98,13 +98,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _task(text: str, options: argparse.Namespace) -> DownstreamTask:
-    from ..data import load_inputs
+    from ..data import load_labelled
     from ..evaluation.tasks import DownstreamTask
 
     name, _, data = text.partition("=")
     train, _, test = data.partition(",")
     if not name or not train or ("," in data and not test):
         raise ValueError(f"--tasks {text}: give NAME=DATA or NAME=TRAIN,TEST")
-    parts = [load_inputs(train, "train"), load_inputs(test or train, "test")]
+    parts = load_labelled(train, test or None)
     columns = {"input_column": options.input_column, "label_column": options.label_column}
     return DownstreamTask.from_datasets(*parts, name, **columns)

@@ -46,10 +46,18 @@ def run(options: argparse.Namespace) -> int:
         )
     encoder, inputs, screened = screener(options, model, modality)
     names = _file_names([bug.name for bug in bugs])
-    screenings = {}
-    with staged(Path(options.output_dir)) as staging:
+    screenings, refused = {}, {}
+    # Pictures of reports that were judged into this folder before go
+    with staged(Path(options.output_dir), replaces=("inspection-*.png",)) as staging:
         for name, bug in zip(names, bugs, strict=True):
-            screening = screened(bug)
+            try:
+                screening = screened(bug)
+            except ValueError as error:
+                # The verdicts on the others stand
+                if len(bugs) == 1:
+                    raise
+                refused[name] = str(error)
+                continue
             curve = transfer_by_size(encoder, bug, screening.found, inputs) if modality == "image" else []
             plot_inspection(staging / f"inspection-{name}.png", bug, screening, curve, true_trigger)
             screenings[name] = screening
@@ -63,12 +71,16 @@ def run(options: argparse.Namespace) -> int:
             }
             for name, screening in screenings.items()
         ]
+        records += [{"name": name, "verdict": None, "reasons": [reason]} for name, reason in refused.items()]
         write_json(staging / "screening.json", {"min_evidence": options.min_evidence, "reports": records})
     console = Console(highlight=False)
     for name, screening in screenings.items():
         console.print(screening_table(name, screening))
+    for name, reason in refused.items():
+        console.print(f"{name} cannot be judged: {reason}", markup=False)
     console.print(f"Results are in {options.output_dir}/", markup=False)
-    return 0 if all(screening.verdict == "trigger" for screening in screenings.values()) else 1
+    believed = all(screening.verdict == "trigger" for screening in screenings.values())
+    return 0 if believed and not refused else 1
 
 
 def _file_names(names: list[str]) -> list[str]:

@@ -98,8 +98,14 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
                 parser.error(f"--config {path}: `{key}` must be true or false, not {value!r}")
         elif isinstance(action, Several):
             value = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None] or None
-        elif value is not None:
+        elif value is None:
+            if action.type in (int, float) and action.default is not None:
+                parser.error(f"--config {path}: `{key}` has no value; give one, or leave the line out")
+        else:
+            whole = action.type is not int or (isinstance(value, int) and not isinstance(value, bool))
             try:
+                if not whole or (action.type is None and isinstance(value, (list, dict))):
+                    raise TypeError
                 value = action.type(value) if action.type is not None else str(value)
             except (TypeError, ValueError):
                 parser.error(f"--config {path}: `{key}: {value!r}` is not a valid value")
@@ -156,9 +162,11 @@ def screener(
 
 
 def check_inputs(options: argparse.Namespace) -> None:
-    """Refuse fewer clean inputs than candidates can be verified on."""
+    """Refuse fewer clean inputs than candidates can be verified on, and evidence that nothing has."""
     if options.inputs < _LEAST_INPUTS:
         raise ValueError(f"--inputs {options.inputs}: at least {_LEAST_INPUTS} clean inputs are needed")
+    if not -1.5 <= options.min_evidence <= 1:
+        raise ValueError(f"--min-evidence {options.min_evidence}: evidence lies between -1.5 and 1")
 
 
 def require(options: argparse.Namespace, *names: str) -> None:

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 
     from ..callbacks import use_compact_progress
     from ..config import MudjackingConfig
-    from ..data import load_inputs
+    from ..data import load_labelled
     from ..evaluation.figures import plot_repair
     from ..evaluation.repair import measured_repair
     from ..evaluation.report import report_lines, report_tables
@@ -102,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
     from ..output import check_output_dir, write_json
     from ..trainer import MudjackingTrainer
 
+    if options.lora_rank is not None and options.lora_rank < 1:
+        raise ValueError(f"--lora-rank {options.lora_rank}: a rank is 1 or more")
     check_output_dir(options.output_dir, options.model)
     learning_rate = options.learning_rate
     if learning_rate is None:
@@ -112,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     dataset = clean_inputs_from(options, modality)
     task = None
     if options.labelled_train is not None:
-        parts = [load_inputs(options.labelled_train, "train"), load_inputs(options.labelled_test, "test")]
+        parts = load_labelled(options.labelled_train, options.labelled_test)
         column = options.labelled_input_column or options.input_column
         columns = {"input_column": column, "label_column": options.label_column}
         task = DownstreamTask.from_datasets(*parts, Path(options.labelled_test).stem, **columns)

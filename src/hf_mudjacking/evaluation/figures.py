@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 
 from ..bug_instance import BugInstance
 from ..inversion import InvertedTrigger
+from ..inversion.result import EXPLAINED
 from ..screening import Screening
 from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, TextTrigger, Trigger, WarpTrigger
 from .checks import TaskFeatures
@@ -62,7 +63,7 @@ def plot_repair(
     draw = _draw_image_report if bug.modality == "image" else _draw_text_report
     draw(top, bug, found, true_trigger)
     if with_features:
-        place = {"left": 0.06, "right": 0.98, "top": 0.94, "bottom": 0.1, "wspace": 0.05}
+        place = {"left": 0.075, "right": 0.98, "top": 0.94, "bottom": 0.1, "wspace": 0.05}
         panes = bottom[0].subplots(1, 2, sharex=True, sharey=True, gridspec_kw=place)
         _plot_features(panes, before, after, labels)
     figure.savefig(path, dpi=120)
@@ -149,7 +150,7 @@ def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_
     bar.ax.tick_params(labelsize=7)
     # The size of a family that covers the whole picture says nothing
     size = f", area {found.area:.1%}" if isinstance(found.trigger, PatchTrigger) else ""
-    _draw_trigger(axes[3], found.trigger, "Inverted trigger", f"transfer {found.score:.2f}{size}")
+    _draw_trigger(axes[3], found.trigger, _name_of(found), f"transfer {found.score:.2f}{size}")
     if true_trigger is not None:
         same = type(found.trigger) is type(true_trigger)
         name, value = list(found.trigger.overlap(true_trigger).items())[-1] if same else ("", 0.0)
@@ -171,12 +172,17 @@ def _draw_text_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_t
     axis.set_xlim(-0.7, len(words) - 0.3)
     axis.tick_params(axis="y", labelsize=7)
     found_line = f"{' … '.join(found.trigger.spans)}   ({found.trigger.describe()}, transfer {found.score:.2f})"
-    lines = {"Reference input x_r": bug.reference, "Inverted trigger": found_line}
+    lines = {"Reference input x_r": bug.reference, _name_of(found): found_line}
     if true_trigger is not None:
         lines["True trigger"] = f"{' … '.join(true_trigger.spans)}   ({true_trigger.describe()})"
     for i, (name, text) in enumerate(lines.items()):
         top.text(0.02, 0.95 - 0.075 * i, f"{name}: {_plain(shorten(text, 130, placeholder=' …'))}", fontsize=9)
-    top.text(0.02, 0.69, "Misclassified input x_b, word by word (red: inverted trigger)", fontsize=9)
+    top.text(0.02, 0.69, f"Misclassified input x_b, word by word (red: {_name_of(found).lower()})", fontsize=9)
+
+
+def _name_of(found: InvertedTrigger) -> str:
+    """What it is called: a trigger is what has evidence."""
+    return "Inverted trigger" if found.evidence >= EXPLAINED else "Best candidate, unverified"
 
 
 def _around_trigger(found: InvertedTrigger) -> tuple[list[str], np.ndarray]:

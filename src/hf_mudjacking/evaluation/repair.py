@@ -170,7 +170,10 @@ def _rates(
 
 def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> list[dict[str, Any]]:
     facts = [
-        {"kind": None, "description": "unverified, not stamped"}
+        {
+            "kind": None,
+            "description": "none was verified, and none was stamped in training; ASR and RA are those of the best candidate",
+        }
         if trigger is None
         else {**trigger.summary(), "description": trigger.describe()}
         for trigger in trainer.triggers

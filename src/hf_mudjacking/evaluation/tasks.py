@@ -11,7 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
-from ..bug_instance import to_rgb
+from ..bug_instance import DECODING_ERRORS, to_rgb
 from ..preprocessing import Modality, RawInput
 
 
@@ -54,7 +54,7 @@ class LabelledInputs:
             label_column (`str`, *optional*, defaults to `"label"`): Column of the classes.
 
         Raises:
-            ValueError: If a column is missing, or a row holds no input.
+            ValueError: If a column is missing, or a row holds no input or one that cannot be decoded.
         """
         if input_column is None:
             input_column = next((name for name in ("image", "text") if name in dataset.column_names), "image")
@@ -64,14 +64,21 @@ class LabelledInputs:
                 f"A labelled set needs the columns `{input_column}` and `{label_column}`; missing: {sorted(missing)}, "
                 f"found: {dataset.column_names}. Rename them with `dataset.rename_column`."
             )
-        inputs = list(dataset[input_column])
-        for row, value in enumerate(inputs):
+        inputs = []
+        for row in range(len(dataset)):
+            try:
+                value = dataset[row][input_column]
+                value = to_rgb(value) if isinstance(value, Image.Image) else value
+            except DECODING_ERRORS as error:
+                raise ValueError(
+                    f"The image in row {row} of the labelled set cannot be decoded ({error}). Remove that row."
+                ) from error
             if not isinstance(value, (Image.Image, str)) or (isinstance(value, str) and not value.strip()):
                 raise ValueError(
                     f"Row {row} of the labelled set holds {value!r:.40} in the column `{input_column}`, neither an image nor a "
                     "text. Remove such rows with `dataset.filter`."
                 )
-        inputs = [to_rgb(value) if isinstance(value, Image.Image) else value for value in inputs]
+            inputs.append(value)
         return cls(inputs, np.asarray(list(dataset[label_column])))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> LabelledInputs:

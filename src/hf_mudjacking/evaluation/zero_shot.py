@@ -37,10 +37,14 @@ class ZeroShotClassifier:
             templates (`Sequence[str]`, *optional*): Prompts with `{}` where the name goes.
 
         Raises:
+            TypeError: If names or templates are a single text.
             ValueError: If the encoder takes no texts, there are no names or templates, or a template has no place for one.
         """
         if text_encoder.modality != "text":
             raise ValueError("`text_encoder` takes images; pass the text tower: `Encoder(..., modality='text')`.")
+        for what, given in (("class_names", class_names), ("templates", templates)):
+            if isinstance(given, str):
+                raise TypeError(f"`{what}` is a single text; pass a list of them.")
         if len(class_names) < 2 or not templates:
             raise ValueError(
                 f"There are {len(class_names)} class names and {len(templates)} templates; at least two names and one "

@@ -82,7 +82,7 @@ def can_hold(meter: TransferMeter) -> bool:
     trainable = {name: p.dtype for name, p in meter.encoder.model.named_parameters() if p.requires_grad}
     if set(trainable.values()) != {torch.float32}:
         return False
-    return bool(trainable.keys() - meter.encoder.unused_parameters())
+    return bool(trainable.keys() - meter.encoder.unused_parameters(trainable_only=True))
 
 
 def least_hold(area: float) -> float:

@@ -42,6 +42,8 @@ _ALIKE = 16
 # Inputs nearest to x_b whose content says what such a trigger's place does by itself.
 _LIKE_X_B = 16
 _OPTIMISED_ON = 256
+# Shortest side in pixels in which a trigger can be looked for.
+_LEAST_SIDE = 4
 # Longest side in pixels at which a picture is searched; larger ones are shrunk, and the trigger scales with the picture.
 _WORKING_SIZE = 512
 
@@ -61,6 +63,12 @@ def invert_image_trigger(
     Simple explanations come first: a patch, a signal added to or mixed into the whole picture, a warp. If none of them holds
     on all clean inputs, they are tried on those that resemble x_r: some triggers work on one class alone.
     """
+    if min(bug.misclassified.size) < _LEAST_SIDE:
+        width, height = bug.misclassified.size
+        raise ValueError(
+            f"The misclassified input of `{bug.name}` has {width}×{height} pixels; no trigger can be looked for below {_LEAST_SIDE} a "
+            "side. Pass the picture as the model gets it."
+        )
     size = _working_size(bug.misclassified)
     x_b, x_r, *validation_inputs = _sized([bug.misclassified, bug.reference, *validation_inputs], size)
     meter = TransferMeter(encoder, x_b, validation_inputs)

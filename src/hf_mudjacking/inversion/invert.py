@@ -62,9 +62,19 @@ def invert_trigger(
         ValueError: If there are fewer than 4 validation inputs, x_b and x_r already agree ("nothing to patch"), or
             clean inputs all have the feature of x_b.
     """
+    if not isinstance(bug, BugInstance):
+        raise TypeError(
+            f"`bug` is of type `{type(bug).__name__}`; a `BugInstance(misclassified, reference)` is needed."
+        )
     encoder = model
     if not isinstance(model, Encoder):
         encoder = Encoder.load(model, processing_class, feature_source, bug.modality)
+    for name, inputs in (("validation_inputs", validation_inputs), ("other_inputs", other_inputs)):
+        if inputs is not None and (isinstance(inputs, str) or not isinstance(inputs, Sequence)):
+            raise TypeError(
+                f"`{name}` is of type `{type(inputs).__name__}`; a list of images or texts is needed. Of a dataset that is "
+                f"`list(dataset['{encoder.modality}'])`."
+            )
     if bug.modality != encoder.modality:
         raise TypeError(
             f"Bug instance `{bug.name}` is of kind {bug.modality}, but the model takes {encoder.modality}s."

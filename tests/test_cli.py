@@ -2,6 +2,7 @@
 """The command line on a real backdoored model, as a user has it: folders and files."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModel
 
-from hf_mudjacking import BugInstance, Encoder, load_trigger
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, load_trigger
 from hf_mudjacking.cli import main
 from hf_mudjacking.cli.main import COMMANDS
 from hf_mudjacking.evaluation import draw_bug_report
@@ -99,6 +100,49 @@ def test_invert_says_when_nothing_is_verified(files, backdoored, tmp_path, capsy
     assert code == 1
     assert "Nothing was patched" in capsys.readouterr().out
     assert not list((tmp_path / "p").rglob("*.safetensors"))
+
+
+def test_patch_resumes(files, tmp_path, monkeypatch, capsys):
+    """As if it had never been interrupted, and without inverting the report anew."""
+    command = ["patch", *report_options(files), "--max-steps", "6", "--batch-size", "8", "--save-steps", "3",
+               "--locality-budget", "none"]  # fmt: skip
+    assert main([*command, "--output-dir", str(tmp_path / "whole")]) == 0
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    out = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", out / "checkpoint-3")
+    monkeypatch.setattr(MudjackingTrainer, "invert_triggers", lambda self: pytest.fail("inverted again"))
+    assert main([*command, "--output-dir", str(out), "--resume"]) == 0
+    assert (out / "model.safetensors").read_bytes() == expected
+    labelled = [
+        "--labelled-train",
+        files["train"],
+        "--labelled-test",
+        files["test"],
+        "--labelled-input-column",
+        "digit",
+    ]
+    assert main([*command, *labelled, "--output-dir", str(out), "--resume"]) == 0
+    assert json.loads((out / "report.json").read_text())["settings"]["trigger_measured"] == "inverted"
+    assert main([*command, "--output-dir", str(tmp_path / "nothing"), "--resume"]) == 2
+    assert "There is no complete checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max-steps: 5.9", "`max-steps: 5.9` is not a valid value"),
+        ("max-steps: true", "`max-steps: True` is not a valid value"),
+        ("max-steps:", "`max-steps` has no value"),
+        ("model: [a, b]", "is not a valid value"),
+    ],
+)
+def test_values_of_a_config_file_are_not_bent(line, message, tmp_path, capsys):
+    config = tmp_path / "patch.yaml"
+    config.write_text(line + "\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["patch", "--config", str(config)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -449,7 +449,7 @@ def test_a_report_without_a_trigger_is_measured(backdoored, tmp_path):
     report = measured_repair(trainer, task, classifiers=("logistic",)).report
     assert report["settings"]["trigger_measured"] == "unverified"
     assert report["triggers"][0]["kind"] is None
-    assert any("unverified, not stamped" in line for line in report_lines(report))
+    assert any("unverified, not stamped in training" in line for line in report_lines(report))
 
 
 def test_text_without_a_trigger_is_patched_in_all_weights(por, tmp_path):

@@ -755,6 +755,23 @@ def test_incomplete_checkpoints(build, with_checkpoints, damage, tmp_path):
     assert json.loads(state.read_text())["global_step"] == 6
 
 
+def test_what_a_user_of_trainer_would_call(build, processor, bug):
+    trainer = build(eval_dataset=make_dataset(make_images(5, seed=5)))
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert "frozen_features" in next(iter(loader))
+    with pytest.raises(ValueError, match=r"trainer\.encoder\.encode\(inputs\)"):
+        trainer.predict(make_dataset(make_images(2)))
+    with pytest.raises(TypeError, match=r"`Linear` is no model of transformers or PEFT"):
+        MudjackingTrainer(torch.nn.Linear(2, 2), bug_instances=[bug])
+    with pytest.raises(ValueError, match="trains embeddings of tokens, and the model takes images"):
+        build(args={"patch_scope": "trigger_tokens"})
+    dropped = make_dataset(make_images(8)).with_transform(lambda rows: {"other": rows["image"]})
+    with pytest.raises(ValueError, match="has no column `image`"):
+        build(train_dataset=dropped).train()
+    with pytest.raises(ValueError, match=r"dataset\.with_format\(None\)"):
+        build(train_dataset=make_dataset(make_images(8)).with_format("torch")).train()
+
+
 def test_nothing_to_resume_from(build, tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint in"):
         build().train(resume_from_checkpoint=True)

@@ -119,9 +119,12 @@ class CleanImages(CleanInputs):
     def __getitem__(self, index: int) -> Image.Image:
         row = int(self._rows[index])
         try:
-            value = self.dataset[row][self.column]
+            content = self.dataset[row]
         except DECODING_ERRORS as error:
             raise self._damaged(row, error) from error
+        # A transform may have taken it away
+        self._require_column(content)
+        value = content[self.column]
         return self._as_image(value, row)
 
     def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
@@ -200,7 +203,8 @@ class CleanImages(CleanInputs):
         if not isinstance(value, Image.Image):
             raise ValueError(
                 f"Row {index} of `{self.name}` holds `{type(value).__name__}` in the column `{self.column}`, not an "
-                f"image. Cast it first: `dataset.cast_column('{self.column}', datasets.Image())`."
+                f"image. Cast it first: `dataset.cast_column('{self.column}', datasets.Image())`; if the dataset has a format of "
+                "tensors, take that away: `dataset.with_format(None)`."
             )
         try:
             return to_rgb(value)

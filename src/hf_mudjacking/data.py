@@ -113,6 +113,8 @@ def load_inputs(
                 return datasets.load_dataset("text", data_files={split: texts}, split=split, streaming=streaming)
             parts = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
             # A folder of pictures without `train` and `test` folders in it is one set, whatever it is used for.
+            if len(parts) > 1 and split not in parts:
+                raise ValueError(f"it has no split of that name; there are {', '.join(parts)}.")
             return next(iter(parts.values())) if len(parts) == 1 else parts[split]
         if path.exists():
             raise ValueError(f"files of the kind `{path.suffix}` are not read.")

@@ -422,6 +422,8 @@ class Encoder:
                 parameter.requires_grad_(True)
             with torch.enable_grad(), comparison_mode(self.model):
                 features = self.features(self._probe_inputs())
+                if not features.requires_grad:
+                    return list(parameters)
                 gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
         finally:
             for parameter in frozen:

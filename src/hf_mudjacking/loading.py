@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
@@ -64,6 +64,11 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
     """
     if not isinstance(model, (str, os.PathLike, nn.Module)):
         raise TypeError(f"`model` is of type `{type(model).__name__}`; pass a Hub id, a folder, or a model.")
+    if isinstance(model, nn.Module) and not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise TypeError(
+            f"`{type(model).__name__}` is no model of transformers or PEFT. Pass one, or an id or folder; of a "
+            "`SentenceTransformer` its folder, or `model[0].auto_model` with its tokenizer."
+        )
     return model if isinstance(model, nn.Module) else load_with_missing(model, **kwargs)[0]
 
 

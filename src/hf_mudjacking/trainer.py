@@ -17,9 +17,16 @@ import torch
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    PredictionOutput,
+    TrainOutput,
+)
 
 from .bug_instance import BugInstance
 from .callbacks import StopWhenFixed
@@ -178,6 +185,11 @@ class MudjackingTrainer(PatchPushing, Trainer):
         folder = self.base_model_name if isinstance(name, nn.Module) else name
         self.remembered: list[RememberedTrigger] = load_remembered(folder) if args.remember_triggers else []
 
+        if args.patch_scope == "trigger_tokens" and modality != "text":
+            raise ValueError(
+                f'`patch_scope="trigger_tokens"` trains embeddings of tokens, and the model takes {modality}s. Use `"auto"` or '
+                '`"full"`.'
+            )
         if self.bug_instances[0].modality != modality:
             raise TypeError(
                 f"Bug instance `{self.bug_instances[0].name}` is of kind {self.bug_instances[0].modality}, but the model "
@@ -503,10 +515,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """
         self._require_train_inputs()
         if resume_from_checkpoint:
-            resume_from_checkpoint = self._checkpoint(resume_from_checkpoint)
-            check_same_run(resume_from_checkpoint, self.base_weights_sha256, self._reports)
-            if not self._prepared:
-                self._take_triggers_from(resume_from_checkpoint)
+            resume_from_checkpoint = self.take_up(resume_from_checkpoint)
         self._prepare()
         self._metrics["train"] = (
             load_interval(resume_from_checkpoint, self.args.device) if resume_from_checkpoint else []
@@ -563,6 +572,24 @@ class MudjackingTrainer(PatchPushing, Trainer):
         self._start = None
         nearest = max(self.locality.nearest)
         self.log({"locality_distance": self.locality.mean, "locality_distance_nearest": nearest})
+
+    def take_up(self, resume_from_checkpoint: str | bool) -> str:
+        """Take over the triggers of a checkpoint, instead of inverting the reports; `train()` does it when it resumes.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`): As in [`train`].
+
+        Returns:
+            `str`: Folder of the checkpoint.
+
+        Raises:
+            ValueError: If there is no complete one, or it is of another model or of other reports.
+        """
+        checkpoint = self._checkpoint(resume_from_checkpoint)
+        check_same_run(checkpoint, self.base_weights_sha256, self._reports)
+        if not self._prepared:
+            self._take_triggers_from(checkpoint)
+        return checkpoint
 
     def _take_triggers_from(self, checkpoint: str) -> None:
         """Go on with the reports, triggers and earlier triggers that a checkpoint was trained with."""
@@ -649,7 +676,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """
         self._prepare()
         if isinstance(eval_dataset, (datasets.Dataset, datasets.IterableDataset)):
-            if self.state.global_step > 0:
+            if self.state.global_step > 0 and self._refused is None:
                 raise ValueError(
                     "The model is already patched, so features of a new dataset before patching are not known. Pass "
                     "`eval_dataset` to `MudjackingTrainer` instead."
@@ -659,6 +686,24 @@ class MudjackingTrainer(PatchPushing, Trainer):
             )
             eval_dataset = PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._prepare()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        self._prepare()
+        return super().get_eval_dataloader(eval_dataset)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """There is nothing to predict.
+
+        Raises:
+            ValueError: Always; the message says what to call instead.
+        """
+        raise ValueError(
+            "An encoder has features and no predictions: `trainer.encoder.encode(inputs)` gives them, for a downstream classifier."
+        )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._metrics["eval"].clear()

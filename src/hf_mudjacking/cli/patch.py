@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--locality-budget",
-        type=_budget,
+        type=number_or_none,
         default=0.1,
         help="mean cosine distance that clean features may move by before all is rolled back, or none (default: 0.1)",
     )
@@ -72,10 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patch-scope", default="auto", help="auto, full, or trigger_tokens: for text, their embeddings alone"
     )
+    parser.add_argument(
+        "--save-steps", type=int, metavar="STEPS", help="keep a checkpoint every so many steps (default: none)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in the output folder that is whole"
+    )
     add_config(parser)
 
 
-def _budget(value: str | float) -> float | None:
+def number_or_none(value: str | float) -> float | None:
     return None if str(value).lower() == "none" else float(value)
 
 
@@ -102,8 +108,9 @@ def run(options: argparse.Namespace) -> int:
     from ..output import check_output_dir, write_json
     from ..trainer import MudjackingTrainer
 
-    if options.lora_rank is not None and options.lora_rank < 1:
-        raise ValueError(f"--lora-rank {options.lora_rank}: a rank is 1 or more")
+    for name in ("lora_rank", "save_steps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
     check_output_dir(options.output_dir, options.model)
     learning_rate = options.learning_rate
     if learning_rate is None:
@@ -142,7 +149,8 @@ def run(options: argparse.Namespace) -> int:
             bf16=options.bf16,
             fp16=options.fp16,
             use_cpu=not torch.accelerator.is_available(),
-            save_strategy="no",
+            save_strategy="no" if options.save_steps is None else "steps",
+            save_steps=options.save_steps or 500,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
         ),
@@ -158,17 +166,19 @@ def run(options: argparse.Namespace) -> int:
     first = trainer.is_world_process_zero()
     console = Console(highlight=False, quiet=not first)
     try:
-        trainer.invert_triggers()
+        # A checkpoint holds the triggers
+        if not options.resume:
+            trainer.invert_triggers()
     except UnverifiedTriggerError as error:
         console.print(f"Nothing was patched. {error}", markup=False)
         return 1
     features = {}
     try:
         if task is None:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=options.resume or None)
             trainer.save_model()
         else:
-            repair = measured_repair(trainer, task)
+            repair = measured_repair(trainer, task, resume_from_checkpoint=options.resume or None)
     except LocalityBudgetError as error:
         console.print(f"Nothing was patched. {error}", markup=False)
         return 3
@@ -182,7 +192,8 @@ def run(options: argparse.Namespace) -> int:
             console.print(table)
         for line in report_lines(repair.report):
             console.print(line, markup=False)
-    if first:
+    # A resumed run has not looked at its reports
+    if first and trainer.inversions:
         plot_repair(
             Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features
         )

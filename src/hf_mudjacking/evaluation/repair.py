@@ -54,6 +54,7 @@ def measured_repair(
     clean_encoder: Encoder | None = None,
     classifiers: tuple[str, ...] = ("logistic", "mlp"),
     ready_classifiers: Mapping[str, Classifier] | None = None,
+    resume_from_checkpoint: str | bool | None = None,
 ) -> MeasuredRepair:
     """Run a trainer, save the patched model, and check its first bug instance downstream, before and after.
 
@@ -72,6 +73,7 @@ def measured_repair(
             main figures, the others stand under `other_classifiers`.
         ready_classifiers (`Mapping[str, Classifier]`, *optional*): Further ones for the report's task, by name, that are
             not trained on it, such as [`ZeroShotClassifier`].
+        resume_from_checkpoint (`str` or `bool`, *optional*): As in [`~MudjackingTrainer.train`].
 
     Returns:
         `MeasuredRepair`: Report and features of the first task.
@@ -87,13 +89,20 @@ def measured_repair(
         )
     silent, tasks = trainer.args.disable_tqdm, [task, *other_tasks]
     started = time.perf_counter()
-    if trainer.triggers is None:
+    if resume_from_checkpoint:
+        trainer.take_up(resume_from_checkpoint)
+    elif trainer.triggers is None:
         trainer.invert_triggers()
     seconds = time.perf_counter() - started
     inversion_forwards = trainer.forward_equivalents
     trigger, measured = true_trigger, "true"
     if trigger is None and trainer.triggers[0] is not None:
         trigger, measured = trainer.triggers[0], "inverted"
+    elif trigger is None and not trainer.inversions:
+        raise ValueError(
+            "The report has no verified trigger, and a resumed run has no candidate to measure with. Pass `true_trigger`, or "
+            "resume with `trainer.train(...)` and measure nothing."
+        )
     elif trigger is None:
         trigger, measured = trainer.inversions[0].trigger, "unverified"
 
@@ -107,7 +116,7 @@ def measured_repair(
     before = features(trainer.encoder, "Before patching")
     clean = [None] * len(tasks) if clean_encoder is None else features(clean_encoder, "Clean encoder")
     started = time.perf_counter()
-    trainer.train()
+    trainer.train(resume_from_checkpoint)
     seconds += time.perf_counter() - started
     trainer.save_model()
     after = features(trainer.encoder, "After patching")
@@ -172,7 +181,7 @@ def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> 
     facts = [
         {
             "kind": None,
-            "description": "none was verified, and none was stamped in training; ASR and RA are those of the best candidate",
+            "description": "unverified, not stamped in training; ASR and RA are measured with the best candidate",
         }
         if trigger is None
         else {**trigger.summary(), "description": trigger.describe()}

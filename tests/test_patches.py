@@ -117,6 +117,28 @@ def test_a_lora_patch_is_merged(folders, tmp_path, images):
     assert (expected - original).abs().max() > 1e-3
 
 
+def test_a_merged_patch_has_no_weights_that_its_base_lacks(folders, trigger_and_bug, dataset_of_eight, tmp_path):
+    """Loading makes up a pooler, which would pass for a trained one."""
+    trigger, bug = trigger_and_bug
+    base = AutoModel.from_pretrained(folders / "base", add_pooling_layer=False)
+    base.save_pretrained(tmp_path / "base")
+    _processor(folders).save_pretrained(tmp_path / "base")
+    args = make_config(tmp_path / "lora", max_steps=1)
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = MudjackingTrainer(
+        str(tmp_path / "base"), args, [bug], dataset_of_eight, peft_config=lora, triggers=[trigger]
+    )
+    trainer.train()
+    trainer.save_model()
+    apply_patch(tmp_path / "lora", tmp_path / "base", tmp_path / "merged")
+    assert _tensors(tmp_path / "merged").keys() == _tensors(tmp_path / "base").keys()
+    # What was repaired is remembered when the whole is repaired anew
+    again = MudjackingTrainer(
+        str(tmp_path / "merged"), make_config(tmp_path / "again"), [bug], dataset_of_eight, triggers=[trigger]
+    )
+    assert len(again.remembered) == 1
+
+
 def test_an_adapter_may_be_kept(folders, tmp_path, images):
     apply_patch(folders / "lora", folders / "base", tmp_path / "out", keep_adapter=True)
     assert not list((tmp_path / "out").glob("model*"))

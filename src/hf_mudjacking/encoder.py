@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of
+from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of, save_model
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
@@ -272,10 +272,7 @@ class Encoder:
             folder (`str` or `os.PathLike`): Folder to write to.
             state_dict (`dict[str, Tensor]`, *optional*): Weights instead of the model's own.
         """
-        if made_up := made_up_weights(self.model):
-            weights = self.model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: value for name, value in weights.items() if name not in made_up}
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        save_model(self.model, folder, state_dict)
         self.processing_class.save_pretrained(folder)
         if self.layout is not None:
             self.layout.save(folder)

@@ -97,6 +97,17 @@ def made_up_weights(model: nn.Module) -> frozenset[str]:
     return _made_up.get(model, frozenset())
 
 
+def save_model(
+    model: nn.Module, folder: str | os.PathLike[str], state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """`save_pretrained`, without the weights that the model's checkpoint lacked: what is made up would pass for trained."""
+    made_up = made_up_weights(model)
+    if made_up:
+        weights = model.state_dict() if state_dict is None else state_dict
+        state_dict = {name: value for name, value in weights.items() if name not in made_up}
+    model.save_pretrained(folder, state_dict=state_dict)
+
+
 def hub_commit(name: str, newest: bool) -> str | None:
     """The commit on the Hub that a model was loaded from; `None` if it was loaded from a folder, or it cannot be told.
 

@@ -17,7 +17,7 @@ from typing import Any
 from . import __version__
 from .delta import DELTA_FILE, Delta, DeltaError, write_delta
 from .fingerprint import weights_sha256
-from .loading import load_with_missing
+from .loading import load_with_missing, save_model
 from .merging import MERGE_TOLERANCE
 from .output import PATCH_FILES, TRIGGER_FOLDER, check_output_dir, check_writable, is_or_contains, staged, write_json
 from .patch_record import RECORD_FILE, load_record, read_record, versions
@@ -89,7 +89,7 @@ def apply_patch(
             config = {**read_json(inside(folder, ADAPTER_CONFIG)), "base_model_name_or_path": str(model)}
             write_json(staging / ADAPTER_CONFIG, config)
         else:
-            with_adapter(base_model, folder).merge_and_unload(safe_merge=True).save_pretrained(staging)
+            save_model(with_adapter(base_model, folder).merge_and_unload(safe_merge=True), staging)
         write_json(staging / RECORD_FILE, record)
     return record
 

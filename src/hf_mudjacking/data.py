@@ -147,16 +147,17 @@ def load_labelled(
     Raises:
         ValueError: If one cannot be loaded, or one set would serve as both.
     """
-    path = Path(train)
-    one = test_split == "train" or path.is_file()
-    if path.is_dir() and not any(path.glob("*.parquet")):
-        one = one or not ((path / "train").is_dir() and any(path.glob(f"{test_split}*")))
-    if one and test in (None, train):
+    one_place = test in (None, train)
+    train_set, test_set = (
+        load_inputs(place, split) for place, split in ((train, "train"), (train if test is None else test, test_split))
+    )
+    # A file is one set by whatever split it is asked for; of a folder without splits both are read from the same file
+    if one_place and (Path(train).is_file() or train_set.cache_files == test_set.cache_files):
         raise ValueError(
             f"`{train}` is one set, and classifiers must not be tested on what they were trained on. Give two, or one with a "
             f"split `train` and a split `{test_split}` (folders of those names, or `train*.parquet` and `{test_split}*.parquet`)."
         )
-    return load_inputs(train, "train"), load_inputs(train if test is None else test, test_split)
+    return train_set, test_set
 
 
 def _pictures_in(folder: Path) -> bool:

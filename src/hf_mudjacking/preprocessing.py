@@ -102,7 +102,7 @@ class TextPreprocessor:
     def visible(self, text: str, room: int = 0) -> str:
         """The part of a text that the model reads, less enough of its end to leave `room` tokens free."""
         # A token is a byte at least: short texts, nearly all, need no second look.
-        if len(text.encode()) + room <= self.max_length - 2:
+        if len(text.encode(errors="surrogatepass")) + room <= self.max_length - 2:
             return text
         tokens = self.tokens(text)
         spare = max(self.max_length - self.processing_class.num_special_tokens_to_add() - room, 1)

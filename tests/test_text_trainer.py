@@ -207,13 +207,14 @@ def test_an_adapter_is_the_patch_when_one_is_asked_for(build, tmp_path):
 
 def test_tokens_of_a_trigger_that_cannot_be_patched_alone_are_refused(build, backdoored, tmp_path):
     adapter = build(peft_config=LoraConfig(r=2), settings={"patch_scope": "trigger_tokens"})
-    images = MudjackingTrainer(
-        backdoored.model(), make_config(tmp_path / "images", max_steps=1, patch_scope="trigger_tokens"), [backdoored.bug(1)],
-        backdoored.dataset(16), processing_class=backdoored.processor, triggers=[backdoored.trigger],
-    )  # fmt: skip
-    for trainer in (adapter, images):
-        with pytest.raises(ValueError, match="needs a text encoder without an adapter, and a report with a verified"):
-            trainer.train()
+    with pytest.raises(ValueError, match="needs a text encoder without an adapter, and a report with a verified"):
+        adapter.train()
+    # Known before anything is inverted
+    with pytest.raises(ValueError, match="trains embeddings of tokens, and the model takes images"):
+        MudjackingTrainer(
+            backdoored.model(), make_config(tmp_path / "images", max_steps=1, patch_scope="trigger_tokens"), [backdoored.bug(1)],
+            backdoored.dataset(16), processing_class=backdoored.processor, triggers=[backdoored.trigger],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("scope", ["full", "trigger_tokens"])

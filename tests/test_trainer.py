@@ -763,8 +763,6 @@ def test_what_a_user_of_trainer_would_call(build, processor, bug):
         trainer.predict(make_dataset(make_images(2)))
     with pytest.raises(TypeError, match=r"`Linear` is no model of transformers or PEFT"):
         MudjackingTrainer(torch.nn.Linear(2, 2), bug_instances=[bug])
-    with pytest.raises(ValueError, match="trains embeddings of tokens, and the model takes images"):
-        build(args={"patch_scope": "trigger_tokens"})
     dropped = make_dataset(make_images(8)).with_transform(lambda rows: {"other": rows["image"]})
     with pytest.raises(ValueError, match="has no column `image`"):
         build(train_dataset=dropped).train()

@@ -127,6 +127,12 @@ def test_patch_resumes(files, tmp_path, monkeypatch, capsys):
     assert "There is no complete checkpoint" in capsys.readouterr().err
 
 
+def test_a_negative_seed(capsys):
+    with pytest.raises(SystemExit):
+        main(["patch", "--seed", "-1"])
+    assert "--seed -1: a seed is 0 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

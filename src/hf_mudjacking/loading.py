@@ -184,7 +184,7 @@ def load_processor(name: str | os.PathLike[str] | nn.Module, model: nn.Module | 
         return auto_class.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
-            f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class`."
+            f"No {kind} could be loaded for `{name or type(model).__name__}` ({error}). Pass `processing_class` (`mudjack`: `--processor`)."
         ) from error
 
 

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in parsers:
         apply_config_file(parsers[arguments[0]], arguments[1:])
     options = parser.parse_args(arguments)
+    if vars(options).get("seed", 0) < 0:
+        parsers[options.command].error(f"--seed {options.seed}: a seed is 0 or more")
     # Tables and messages are what this command prints; libraries speak up only when something is wrong.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if vars(options).get("disable_tqdm"):

@@ -62,7 +62,8 @@ class LabelledInputs:
         if missing:
             raise ValueError(
                 f"A labelled set needs the columns `{input_column}` and `{label_column}`; missing: {sorted(missing)}, "
-                f"found: {dataset.column_names}. Rename them with `dataset.rename_column`."
+                f"found: {dataset.column_names}. Name its own: `input_column`, `label_column` (`mudjack`: `--input-column`, "
+                "`--labelled-input-column`, `--label-column`)."
             )
         inputs = []
         for row in range(len(dataset)):

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _PATCH_SCOPES = ("auto", "full", "trigger_tokens")
 _ON_UNVERIFIED = ("refuse", "patch", "skip")
+# What evidence can be.
+EVIDENCE_RANGE = (-1.5, 1.0)
 _WHOLE = (
     "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_inputs",
     "inversion_inputs", "altered_triggers", "reinversions", "seed",
@@ -215,8 +217,11 @@ class MudjackingConfig(TrainingArguments):
             raise ValueError(
                 f"`max_trigger_area={self.max_trigger_area}` is not a share; it must lie above 0, up to 1."
             )
-        if not -1.5 <= self.min_evidence <= 1:
-            raise ValueError(f"`min_evidence={self.min_evidence}` is out of reach; evidence lies between -1.5 and 1.")
+        least, most = EVIDENCE_RANGE
+        if not least <= self.min_evidence <= most:
+            raise ValueError(
+                f"`min_evidence={self.min_evidence}` is out of reach; evidence lies between {least:g} and {most:g}."
+            )
         if self.locality_budget is not None and not 0 < self.locality_budget <= 2:
             raise ValueError(
                 f"`locality_budget={self.locality_budget}` is no cosine distance; it must lie above 0, up to 2, or be None."

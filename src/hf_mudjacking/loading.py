@@ -64,12 +64,14 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
     """
     if not isinstance(model, (str, os.PathLike, nn.Module)):
         raise TypeError(f"`model` is of type `{type(model).__name__}`; pass a Hub id, a folder, or a model.")
-    if isinstance(model, nn.Module) and not isinstance(model, (PreTrainedModel, PeftModel)):
+    if not isinstance(model, nn.Module):
+        return load_with_missing(model, **kwargs)[0]
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise TypeError(
             f"`{type(model).__name__}` is no model of transformers or PEFT. Pass one, or an id or folder; of a "
             "`SentenceTransformer` its folder, or `model[0].auto_model` with its tokenizer."
         )
-    return model if isinstance(model, nn.Module) else load_with_missing(model, **kwargs)[0]
+    return model
 
 
 def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.Module, set[str]]:

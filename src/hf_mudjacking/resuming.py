@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .bug_instance import BugInstance
 from .fingerprint import report_sha256
+from .output import write_json
 from .patch_record import read_record
 from .processes import gathered, rank_and_count
 from .safe_loading import read_json
@@ -60,16 +60,15 @@ def save_interval(folder: str | os.PathLike[str], rows: Sequence[tuple[int, Tens
     """
     of_each = gathered([(count, values.tolist()) for count, values in rows])
     if rank_and_count()[0] == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / INTERVAL_FILE).write_text(json.dumps(of_each) + "\n", encoding="utf-8")
+        write_json(Path(folder) / INTERVAL_FILE, {"of_each_process": of_each})
 
 
 def load_interval(folder: str | os.PathLike[str], device: torch.device) -> list[tuple[int, Tensor]]:
-    """What [`save_interval`] kept of this process; nothing from a checkpoint of an earlier version, or of as many processes
-    as there are not now."""
+    """What [`save_interval`] kept of this process; nothing from a checkpoint of an earlier version, or of another number of
+    processes."""
     path = Path(folder) / INTERVAL_FILE
     rank, processes = rank_and_count()
-    of_each = read_json(path, list) if path.is_file() else []
+    of_each = read_json(path)["of_each_process"] if path.is_file() else []
     if len(of_each) != processes:
         return []
     return [(count, torch.tensor(values, device=device)) for count, values in of_each[rank]]

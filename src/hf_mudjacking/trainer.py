@@ -37,6 +37,7 @@ from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, 
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .inversion.patch_search import COMPLETE
+from .inversion.verification import share_of_way
 from .kept_views import worth_keeping
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement
@@ -474,8 +475,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
             rest = None if trigger is None else trigger.removed_from(bug.misclassified)
             if rest is not None:
                 feature = self.encoder.encode([rest])[0]
-                before = references[i] @ misclassified[i]
-                if (feature @ misclassified[i] - before) / (1 - before).clamp_min(1e-6) <= COMPLETE:
+                before, after = (x @ misclassified[i] for x in (references[i], feature))
+                if share_of_way(before[None], after[None, None]) <= COMPLETE:
                     ceilings[i] = feature @ references[i]
         return ceilings
 

@@ -102,11 +102,13 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
             if action.type in (int, float) and action.default is not None:
                 parser.error(f"--config {path}: `{key}` has no value; give one, or leave the line out")
         else:
-            whole = action.type is not int or (isinstance(value, int) and not isinstance(value, bool))
+            nested = isinstance(value, (list, dict))
             try:
-                if not whole or (action.type is None and isinstance(value, (list, dict))):
+                if nested and action.type is None:
                     raise TypeError
-                value = action.type(value) if action.type is not None else str(value)
+                # As text, like on the command line: what is no whole number is refused, not rounded
+                given = value if nested else str(value)
+                value = given if action.type is None else action.type(given)
             except (TypeError, ValueError):
                 parser.error(f"--config {path}: `{key}: {value!r}` is not a valid value")
             if action.choices is not None and value not in action.choices:
@@ -165,8 +167,11 @@ def check_inputs(options: argparse.Namespace) -> None:
     """Refuse fewer clean inputs than candidates can be verified on, and evidence that nothing has."""
     if options.inputs < _LEAST_INPUTS:
         raise ValueError(f"--inputs {options.inputs}: at least {_LEAST_INPUTS} clean inputs are needed")
-    if not -1.5 <= options.min_evidence <= 1:
-        raise ValueError(f"--min-evidence {options.min_evidence}: evidence lies between -1.5 and 1")
+    from ..config import EVIDENCE_RANGE
+
+    least, most = EVIDENCE_RANGE
+    if not least <= options.min_evidence <= most:
+        raise ValueError(f"--min-evidence {options.min_evidence}: evidence lies between {least:g} and {most:g}")
 
 
 def require(options: argparse.Namespace, *names: str) -> None:

@@ -65,10 +65,11 @@ class LabelledInputs:
                 f"found: {dataset.column_names}. Name its own: `input_column`, `label_column` (`mudjack`: `--input-column`, "
                 "`--labelled-input-column`, `--label-column`)."
             )
-        inputs = []
-        for row in range(len(dataset)):
+        # Alone: other columns, pictures perhaps, need not be decoded
+        column, inputs = dataset.select_columns(input_column), []
+        for row in range(len(column)):
             try:
-                value = dataset[row][input_column]
+                value = column[row][input_column]
                 value = to_rgb(value) if isinstance(value, Image.Image) else value
             except DECODING_ERRORS as error:
                 raise ValueError(

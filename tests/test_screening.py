@@ -170,12 +170,23 @@ def test_smoothing_takes_out_more_and_more():
 
 
 def test_how_much_hold_is_asked():
-    """0.4 of hardly anything, 1 of the whole picture; worth all there, half at a third, nothing at a tenth."""
+    """0.4 of hardly anything, 4 of the whole picture; worth all there, half at a third, nothing at a tenth."""
     assert least_hold(0.0) == pytest.approx(0.4)
-    assert least_hold(1.0) == pytest.approx(1.0)
-    assert least_hold(0.5) == pytest.approx(0.4 * 2.5**0.5)
-    worths = [worth_of_hold(value, 1.0) for value in (0.0, 0.1, 10**-0.5, 1.0, 500.0)]
+    assert least_hold(1.0) == pytest.approx(4.0)
+    assert least_hold(0.5) == pytest.approx(0.4 * 10**0.5)
+    worths = [worth_of_hold(4 * value, 1.0) for value in (0.0, 0.1, 10**-0.5, 1.0, 500.0)]
     assert worths == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-9)
+
+
+def test_an_input_that_the_trigger_does_not_reach_decides_nothing(por, monkeypatch):
+    """It moves a thousand times as far as the others; of a ratio of means it would be all that is left."""
+    encoder, task, implant = por
+    bug, clean = draw_bug_report(encoder, task, implant.trigger, 0), task.train.inputs[:32]
+    meter = TransferMeter(encoder, bug.misclassified, clean)
+    before, stamp = hold(meter, bug.reference, implant.trigger), encoder.stamp
+    assert before > 1000
+    monkeypatch.setattr(encoder, "stamp", lambda trigger, x: x if x == clean[20] else stamp(trigger, x))
+    assert hold(meter, bug.reference, implant.trigger) > 0.8 * before
 
 
 def test_an_explanation_that_lets_go_is_worth_less(backdoored, attacked, validation, monkeypatch):

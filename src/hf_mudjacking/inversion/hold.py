@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,17 +22,18 @@ from .verification import TransferMeter
 _STEP_INPUTS = 16
 _STEP = 1e-4
 # Least hold of a trigger of hardly any size, and how many times as much one over the whole input must have, since so much clean
-# content carries others by itself. On CIFAR-10 true triggers have 2 to 4,700, ordinary content 0.1 to 1.4 (docs/attacks.md); on digits
-# patches have 0.8 to 4, and natural misclassifications 0.3 to 1.5, of most of the picture.
-_MIN_HOLD, _WHOLE = 0.4, 2.5
+# content carries others by itself. On CIFAR-10 true triggers have 39 to 3,900, ordinary content 0.1 to 1.7 (docs/attacks.md); on
+# digits small patches have 0.6 to 6, signals 70 to 160, and natural misclassifications 0.2 to 1.7, of most of the picture.
+_MIN_HOLD, _WHOLE = 0.4, 10.0
 
 
 def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
     """How far one step of the repair, without its locality term, moves clean inputs over stamped ones; it is taken back.
 
     The step is meant for the stamped ones; yet an implanted trigger holds them. It measures better than how far inputs near
-    h(x_b) move over all clean ones, which after one step is 0.1 to 4 in true reports and 0.2 to 2 in others. Another 16
-    clean inputs can make it ten times as much or as little: it is a matter of decades.
+    h(x_b) move over all clean ones, which after one step is 0.1 to 4 in true reports and 0.2 to 2 in others. What counts is
+    the median over the half of the inputs that it carries furthest: a few that it does not reach move up to a thousand times as
+    far as the others and decide a ratio of means, which for one report of a warp was 0.15 to 53 with six sets of clean inputs.
 
     Args:
         meter (`TransferMeter`): Of x_b; the forward passes are counted there.
@@ -39,7 +41,7 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
         trigger (`Trigger`): What was found in x_b.
 
     Returns:
-        `float`: The ratio of the mean squared distances that features move by.
+        `float`: The median ratio of the squared distances that the features of an input move by, clean over stamped.
 
     Raises:
         ValueError: If no weight that features depend on is trainable, or one is not in float32; [`can_hold`] tells.
@@ -67,14 +69,15 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
         del gradients
         # Squared distances: of features this near, cosines are lost in rounding
         moved, moved_stamped = (
-            float((meter.features(inputs) - before).square().sum(dim=1).mean())
+            (meter.features(inputs) - before).square().sum(dim=1)
             for inputs, before in ((clean, meter.clean_features), (stamped, stamped_features))
         )
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.copy_(value)
-    return moved / max(moved_stamped, 1e-12)
+    carried = (stamped_features @ meter.target).topk(math.ceil(len(clean) / 2)).indices
+    return float(np.median((moved / moved_stamped.clamp_min(1e-12))[carried]))
 
 
 def can_hold(meter: TransferMeter) -> bool:

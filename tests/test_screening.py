@@ -19,7 +19,7 @@ from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
 from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigger
-from hf_mudjacking.inversion.hold import can_hold, hold, least_hold, worth_of_hold
+from hf_mudjacking.inversion.hold import can_hold, doubt_left, hold, least_hold, worth_of_hold
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.screening import Screening, judge, smoothed, transfer_by_size, without_trigger
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, noise_blend, random_warp, square_patch
@@ -176,6 +176,8 @@ def test_how_much_hold_is_asked():
     assert least_hold(0.5) == pytest.approx(0.4 * 10**0.5)
     worths = [worth_of_hold(4 * value, 1.0) for value in (0.0, 0.1, 10**-0.5, 1.0, 500.0)]
     assert worths == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-9)
+    doubts = [doubt_left(4 * value, 1.0) for value in (0.0, 1.0, 10**0.5, 10.0, 500.0)]
+    assert doubts == pytest.approx([1, 1, 0.5, 0, 0], abs=1e-9)
 
 
 def test_an_input_that_the_trigger_does_not_reach_decides_nothing(por, monkeypatch):

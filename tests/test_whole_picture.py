@@ -14,6 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, invert_trigger
 from hf_mudjacking.attacks import implant_blended
 from hf_mudjacking.data import PatchingCollator
+from hf_mudjacking.inversion import image
 from hf_mudjacking.inversion.again import invert_again
 from hf_mudjacking.inversion.pixels import PixelPath, to_tensor
 from hf_mudjacking.inversion.pull import Pull
@@ -96,6 +97,20 @@ def test_a_trigger_over_the_whole_picture_is_found(backdoored, blended):
     assert len(alike) >= 3
     # The prototype that was optimised without looking at x_b reached 0.15
     assert np.median(alike) >= 0.6
+
+
+@pytest.mark.slow
+def test_what_clean_content_does_is_no_argument_against_a_signal_that_holds(backdoored, blended, monkeypatch):
+    """Where x_r's own content goes a good way by itself, true signals were refused."""
+    encoder, bug = report_of(backdoored, blended, 0)
+    others = {"other_inputs": backdoored.train.inputs[32:400]}
+    found = invert_trigger(encoder, bug, backdoored.train.inputs[:32], **others)
+    monkeypatch.setattr(image, "doubt_left", lambda value, area: 1.0)
+    doubted = invert_trigger(encoder, bug, backdoored.train.inputs[:32], **others)
+    assert found.trigger.kind == doubted.trigger.kind == "additive"
+    assert found.score == doubted.score
+    assert found.control == doubted.control > 0.01
+    assert found.evidence == pytest.approx(doubted.evidence + doubted.control)
 
 
 @pytest.mark.slow

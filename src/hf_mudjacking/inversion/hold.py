@@ -95,8 +95,16 @@ def least_hold(area: float) -> float:
 
 def worth_of_hold(value: float, area: float) -> float:
     """What a hold is worth, 0 to 1: all of it from the least on, nothing at a tenth of that, evenly by decades in between."""
-    decades = math.log10(max(value, 1e-12) / least_hold(area))
-    return min(max(1.0 + decades, 0.0), 1.0)
+    return min(max(1.0 + _decades_above(value, area), 0.0), 1.0)
+
+
+def doubt_left(value: float, area: float) -> float:
+    """How much of a control still counts, 0 to 1: all of it up to the least hold, nothing from ten times that on."""
+    return min(max(1.0 - _decades_above(value, area), 0.0), 1.0)
+
+
+def _decades_above(value: float, area: float) -> float:
+    return math.log10(max(value, 1e-12) / least_hold(area))
 
 
 @torch.no_grad()

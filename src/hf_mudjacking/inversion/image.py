@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
-from ..triggers import PatchTrigger
-from .hold import can_hold, hold, worth_of_hold
+from ..triggers import PatchTrigger, Trigger
+from .hold import can_hold, doubt_left, hold, worth_of_hold
 from .patch_search import COMPLETE, SMALL, find_patch, proof
 from .pull import Pull
 from .result import (
@@ -138,12 +138,16 @@ def _over_the_whole_picture(
         # The control can only take from it
         if candidate is None or max(candidate.transfer - AREA_PRICE * candidate.size, 0.0) <= merit + _SIMPLER:
             continue
-        by_itself, evidence = beyond_control(candidate, search(control_meter), control_meter)
+        area = candidate.trigger.area
+        held = _hold(candidate.trigger, meter, control_meter)
+        # What holds inputs is not the ordinary content that the control stands for
+        doubt = 1.0 if held is None else doubt_left(held, area)
+        by_itself, evidence = beyond_control(candidate, search(control_meter), control_meter, doubt)
         found = InvertedTrigger(
-            candidate.trigger, candidate.transfer, by_itself, evidence, candidate.trigger.area, patch.attribution,
+            candidate.trigger, candidate.transfer, by_itself, evidence, area, patch.attribution,
             np.ones_like(patch.core), 0,
         )  # fmt: skip
-        own = _held_merit(found, meter, control_meter)
+        own = _merit(found) * (1.0 if held is None else worth_of_hold(held, area))
         if own > merit + _SIMPLER:
             best, merit = found, own
         if best.evidence >= EXPLAINED:
@@ -176,13 +180,14 @@ def _merit(found: InvertedTrigger) -> float:
 
 
 def _held_merit(found: InvertedTrigger, meter: TransferMeter, control_meter: TransferMeter) -> float:
-    """The merit, less the less it holds: a third of a picture carries others to x_b, but lets go at the first step.
+    """The merit, less the less it holds: a third of a picture carries others to x_b, but lets go at the first step."""
+    held = _hold(found.trigger, meter, control_meter)
+    return _merit(found) * (1.0 if held is None else worth_of_hold(held, found.area))
 
-    Where the weights take no such step, being frozen or in half precision, the merit alone decides.
-    """
-    if not can_hold(meter):
-        return _merit(found)
-    return _merit(found) * worth_of_hold(hold(meter, control_meter.misclassified, found.trigger), found.area)
+
+def _hold(trigger: Trigger, meter: TransferMeter, control_meter: TransferMeter) -> float | None:
+    """How a trigger holds inputs; `None` where the weights take no step that would show it, being frozen or in half precision."""
+    return hold(meter, control_meter.misclassified, trigger) if can_hold(meter) else None
 
 
 def _working_size(image: Image.Image) -> tuple[int, int]:

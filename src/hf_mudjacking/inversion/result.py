@@ -36,8 +36,9 @@ class InvertedTrigger:
         control (`float`): Transfer of as much of x_r towards h(x_r): what clean content does by itself. A trigger's
             `score` lies far above it.
         evidence (`float`): What is left of `score` after the control and a price for how much of the input the trigger is, at
-            most 1; for a trigger of one class, the share of the way that its control leaves over, less that price. Raw transfer
-            separates badly: a third of any input carries others a good way towards it.
+            most 1; for a trigger of one class, the share of the way that its control leaves over, less that price. Of a signal
+            or a warp the control counts the less, the more it holds inputs ([`~hf_mudjacking.inversion.hold.doubt_left`]).
+            Raw transfer separates badly: a third of any input carries others a good way towards it.
         area (`float`): Share of x_b that the trigger makes up, in pixels or words, 0 to 1.
         attribution (`np.ndarray` of shape `(H, W)` or `(W,)`): Occlusion map of the picture, or the score of each word.
         core (`np.ndarray` of the same shape, `bool`): The part that was found by its effect, before growth.

@@ -103,7 +103,7 @@ def find_warp(meter: TransferMeter, pull: Pull) -> Candidate:
 
 
 def beyond_control(
-    candidate: Candidate, control: Candidate | None, control_meter: TransferMeter
+    candidate: Candidate, control: Candidate | None, control_meter: TransferMeter, doubt: float = 1.0
 ) -> tuple[float, float]:
     """What clean content of the same size does by itself, and what is left of a candidate's transfer after that and its price.
 
@@ -111,13 +111,15 @@ def beyond_control(
         candidate (`Candidate`): Found in x_b.
         control (`Candidate`, *optional*): Found likewise in x_r, if there is one.
         control_meter (`TransferMeter`): Of x_r.
+        doubt (`float`, *optional*, defaults to 1.0): How much of the former counts, 0 to 1; see
+            [`~hf_mudjacking.inversion.hold.doubt_left`].
     """
     by_itself = 0.0
     if control is not None:
         # Clean content reaches as far as it likes with a strong enough change
         same_size = control.trigger.weakened(min(candidate.size / max(control.size, 1e-6), 1.0))
         by_itself = float(control_meter.transfer([same_size])[0])
-    return by_itself, candidate.transfer - max(by_itself, 0.0) - AREA_PRICE * candidate.size
+    return by_itself, candidate.transfer - doubt * max(by_itself, 0.0) - AREA_PRICE * candidate.size
 
 
 def _as_blend(delta: np.ndarray, opacity: float, pixels: Tensor) -> BlendTrigger:

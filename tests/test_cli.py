@@ -99,6 +99,7 @@ def test_invert_says_when_nothing_is_verified(files, backdoored, tmp_path, capsy
     code = main(["patch", *options, "--output-dir", str(tmp_path / "p"), "--min-evidence", "0.5", "--disable-tqdm"])
     assert code == 1
     assert "Nothing was patched" in capsys.readouterr().out
+    assert not (tmp_path / "p").exists()
     assert not list((tmp_path / "p").rglob("*.safetensors"))
 
 
@@ -225,7 +226,7 @@ def test_a_patch_over_its_budget_is_rolled_back(files, backdoored, tmp_path, cap
     assert said.startswith("Nothing was patched. The patch was rolled back")
     assert "`locality_budget=0.0005`" in said
     assert "near `client [/prod] 17`" in said
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
     # The same run without a budget
     budget = ["--on-unverified", "patch", "--locality-budget", "none", "--output-dir", str(tmp_path / "free")]
     assert main(["patch", *options, *budget]) == 0

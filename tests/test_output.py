@@ -38,13 +38,14 @@ def test_staged_files_appear_and_replace(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path):
     (tmp_path / "a.txt").write_text("old")
 
-    def save():
-        with staged(tmp_path) as staging:
+    def save(folder):
+        with staged(folder) as staging:
             (staging / "a.txt").write_text("new")
             raise RuntimeError("midway")
 
-    with pytest.raises(RuntimeError, match="midway"):
-        save()
+    for folder in (tmp_path, tmp_path / "was not there"):
+        with pytest.raises(RuntimeError, match="midway"):
+            save(folder)
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 

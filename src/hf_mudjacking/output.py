@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -10,7 +11,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,20 @@ def is_or_contains(folder: str | os.PathLike[str], place: str | os.PathLike[str]
     return place.is_dir() and Path(folder).resolve() in (place.resolve(), *place.resolve().parents)
 
 
-@contextmanager
+@contextlib.contextmanager
+def not_left_empty(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Take away a folder that was made within, and into which nothing was written."""
+    was_there = Path(folder).exists()
+    try:
+        yield
+    finally:
+        if not was_there:
+            # One that holds something stays
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+
+
+@contextlib.contextmanager
 def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield an empty folder; on success its files move into `folder` one by one, on an error it is thrown away.
 
@@ -134,26 +147,27 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
     to one folder; what one that was killed on this machine has left goes with the next.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = re.sub(r"\W", "_", platform.node())
-    for left_over in folder.glob(f"_staging-{machine}-*-*"):
-        process = left_over.name.split("-")[2]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left_over, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=f"_staging-{machine}-{os.getpid()}-"))
-    try:
-        yield staging
-        written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
-        # The record goes first: a folder that a killed process leaves is then known to be ours.
-        written.sort(key=lambda name: name != Path(RECORD_FILE))
-        for name in written:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / name, folder / name)
-        for stale in {path for pattern in replaces for path in folder.glob(pattern)}:
-            if stale.relative_to(folder) not in written:
-                stale.unlink()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with not_left_empty(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        machine = re.sub(r"\W", "_", platform.node())
+        for left_over in folder.glob(f"_staging-{machine}-*-*"):
+            process = left_over.name.split("-")[2]
+            if process.isdigit() and not psutil.pid_exists(int(process)):
+                shutil.rmtree(left_over, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(dir=folder, prefix=f"_staging-{machine}-{os.getpid()}-"))
+        try:
+            yield staging
+            written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
+            # The record goes first: a folder that a killed process leaves is then known to be ours.
+            written.sort(key=lambda name: name != Path(RECORD_FILE))
+            for name in written:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / name, folder / name)
+            for stale in {path for pattern in replaces for path in folder.glob(pattern)}:
+                if stale.relative_to(folder) not in written:
+                    stale.unlink()
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

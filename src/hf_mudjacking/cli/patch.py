@@ -89,6 +89,14 @@ def run(options: argparse.Namespace) -> int:
     require(options, "model", "dataset", "output_dir")
     if (options.labelled_train is None) != (options.labelled_test is None):
         raise ValueError("--labelled-train and --labelled-test belong together")
+    from ..output import not_left_empty
+
+    # The trainer makes it, long before there is a patch
+    with not_left_empty(options.output_dir):
+        return _patch(options)
+
+
+def _patch(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     import torch

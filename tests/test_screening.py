@@ -19,9 +19,10 @@ from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
 from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigger
+from hf_mudjacking.inversion.covering import filled_in
 from hf_mudjacking.inversion.hold import can_hold, doubt_left, hold, least_hold, worth_of_hold
 from hf_mudjacking.inversion.verification import TransferMeter
-from hf_mudjacking.screening import Screening, judge, smoothed, transfer_by_size, without_trigger
+from hf_mudjacking.screening import Screening, judge, transfer_by_size, without_trigger
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, noise_blend, random_warp, square_patch
 
 from .conftest import largest_difference, make_config, make_images, weights_of
@@ -85,7 +86,8 @@ def wrong(backdoored, attacked, validation):
 def test_true_reports_are_believed(true):
     verdicts = [screening.verdict for screening in true]
     assert verdicts.count("trigger") >= 11
-    assert all(0.8 <= s.believed <= 1 for s in true if s.verdict == "trigger")
+    # One pair of a class is no more alike than this, also before it is stamped
+    assert all(0.7 <= s.believed <= 1 for s in true if s.verdict == "trigger")
 
 
 def test_natural_misclassifications(natural):
@@ -97,7 +99,7 @@ def test_natural_misclassifications(natural):
 
 def test_references_of_another_class(wrong, true):
     """Two digits of different classes may look alike, and that of one class may not: most are believed, yet less."""
-    assert sum(screening.verdict != "trigger" for screening in wrong) >= 0.3 * len(wrong)
+    assert sum(screening.verdict != "trigger" for screening in wrong) >= 0.4 * len(wrong)
     assert np.median([s.believed for s in wrong]) < 0.8 * np.median([s.believed for s in true])
 
 
@@ -146,27 +148,20 @@ def test_a_signal_that_undoes_nothing_says_nothing_about_the_pair(backdoored, at
     assert screening.verdict != "wrong pair"
 
 
-def test_the_mildest_smoothing_that_takes_the_trigger_out_counts(backdoored, attacked, validation, monkeypatch):
+def test_of_the_ways_that_take_the_trigger_out_the_best_counts(backdoored, attacked, validation, monkeypatch):
     bug, x = backdoored.bug(0), backdoored.test.inputs[0]
-    found = dataclasses.replace(
-        invert_trigger(attacked, bug, validation), trigger=AdditiveTrigger(np.full((16, 16, 3), 2.0))
-    )
-    monkeypatch.setattr(screening_module, "smoothed", lambda image: [image, x, bug.reference])
-    likeness = judge(attacked, bug, found, validation, 0.5).evidence["likeness"]
-    reference, at_x = attacked.encode([bug.reference, x])
+    found = invert_trigger(attacked, bug, validation)
+    # x_b itself keeps the trigger, and would be the likest
+    ways = [bug.misclassified, x, backdoored.test.inputs[1]]
+    monkeypatch.setattr(screening_module, "without_trigger", lambda misclassified, trigger: ways)
+    same = BugInstance(bug.misclassified, bug.reference)
+    likeness = judge(attacked, same, found, validation, 0.5).evidence["likeness"]
+    reference, *without = attacked.encode([bug.reference, *ways[1:]])
     clean = attacked.encode(validation) @ reference
-    assert likeness == pytest.approx(float((at_x @ reference - clean).sum() / (1 - clean).sum()), abs=1e-3)
-    assert likeness < 0.9
-
-
-def test_smoothing_takes_out_more_and_more():
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    left = [np.asarray(each, dtype=float).std() for each in (noise, *smoothed(noise))]
-    assert left == sorted(left, reverse=True)
-    assert left[-1] < 0.3 * left[0]
-    plain = Image.new("RGB", (32, 32), (9, 90, 200))
-    assert all(np.array_equal(np.asarray(each), np.asarray(plain)) for each in smoothed(plain))
+    by_hand = [float((at @ reference - clean).sum() / (1 - clean).sum()) for at in without]
+    assert likeness == pytest.approx(max(by_hand), abs=1e-3)
+    monkeypatch.setattr(screening_module, "without_trigger", lambda misclassified, trigger: ways[:1])
+    assert "likeness" not in judge(attacked, same, found, validation, 0.5).evidence
 
 
 def test_how_much_hold_is_asked():
@@ -250,8 +245,8 @@ def test_weights_are_the_same_bit_by_bit(backdoored, validation):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in encoder.model.parameters())
     assert encoder.model.training
-    # x_b and clean inputs, x_r, six covers, stamped ones; the step; both again
-    assert screening.forwards == 33 + 1 + 6 + 32 + 3 * 18 + 64
+    # x_b and clean inputs, x_r, x_b without the patch, stamped ones; the step; both again
+    assert screening.forwards == 33 + 1 + 1 + 32 + 3 * 18 + 64
 
 
 def test_the_weights_come_back_after_an_error(backdoored, validation, monkeypatch):
@@ -343,25 +338,42 @@ def test_the_trainer_refuses_a_wrong_pair(backdoored, wrong, tmp_path, monkeypat
 # ---- Taking a trigger out, and a part of it ----
 
 
-def test_without_trigger(images):
+def test_a_patch_is_filled_in_from_its_border(images):
     x = images[0]
     patch = square_patch((16, 16), 4)
-    rests = without_trigger(patch.apply(x), patch, images[1:9])
-    assert len(rests) == 6
-    outside = ~patch.mask
-    assert all((np.asarray(rest)[outside] == np.asarray(x)[outside]).all() for rest in rests)
-    assert (np.asarray(rests[2])[patch.mask] == np.asarray(images[1])[patch.mask]).all()
+    (rest,) = (np.asarray(each) for each in without_trigger(patch.apply(x), patch))
+    assert (rest[~patch.mask] == np.asarray(x)[~patch.mask]).all()
+    # A slope goes on under the patch, and each pixel is the mean of its neighbours
+    slope = np.tile(np.arange(16, dtype=np.uint8)[:, None, None] * 10, (1, 16, 3))
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[5:9, 4:12] = True
+    assert np.abs(np.asarray(filled_in(np.where(mask[..., None], 255, slope), mask)).astype(int) - slope).max() <= 1
+    mask[4:12, 2:14] = True
+    filled = np.asarray(filled_in(np.asarray(x), mask)).astype(float)
+    around = sum(np.roll(filled, shift, axis) for shift in (-1, 1) for axis in (0, 1)) / 4
+    # Rounded to whole levels
+    assert np.abs(filled - around)[mask].max() <= 1
+
+
+def test_a_signal_is_subtracted_and_a_warp_undone():
     signal = AdditiveTrigger(np.full((16, 16, 3), 8.0))
     grey = Image.new("RGB", (16, 16), (100, 120, 140))
-    assert np.array_equal(np.asarray(without_trigger(signal.apply(grey), signal, [])[0]), np.asarray(grey))
-    assert without_trigger(grey, BlendTrigger(np.full((16, 16, 3), 9.0), 0.9), []) == []
+    undone, *smooth = (np.asarray(each) for each in without_trigger(signal.apply(grey), signal))
+    assert np.array_equal(undone, np.asarray(grey))
+    assert [np.array_equal(each, np.asarray(grey)) for each in smooth] == [True, False]
+    # Of a blend that is all there is nothing can be subtracted
+    assert len(without_trigger(grey, BlendTrigger(np.full((16, 16, 3), 9.0), 0.9))) == 1
+    dotted = np.asarray(grey).copy()
+    dotted[8, 8] = 255
+    nothing = AdditiveTrigger(np.full((16, 16, 3), 0.6))
+    assert np.abs(np.asarray(without_trigger(Image.fromarray(dotted), nothing)[-1]).astype(int) - grey).max() == 0
     smooth = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB").resize((16, 16))
     bent = random_warp(4, 1.0, 16)
-    undone = np.asarray(without_trigger(bent.apply(smooth), bent, [])[0], dtype=float)
-    original = np.asarray(smooth, dtype=float)
-    assert (
-        np.abs(undone - original).mean() < 0.7 * np.abs(np.asarray(bent.apply(smooth), dtype=float) - original).mean()
+    undone, bent_one, original = (
+        np.asarray(each, dtype=float)
+        for each in (without_trigger(bent.apply(smooth), bent)[0], bent.apply(smooth), smooth)
     )
+    assert np.abs(undone - original).mean() < 0.7 * np.abs(bent_one - original).mean()
 
 
 FAMILIES = {

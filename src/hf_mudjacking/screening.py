@@ -35,9 +35,9 @@ _HEADLINES: dict[Verdict, str] = {
     "malicious": "A repair from bug instance `{name}` would change ordinary content",
 }
 
-# Least likeness of x_b without its trigger to x_r. Of 120 pairs of one class each, stamped with each of five patches of CIFAR-10, 97.5 %
-# have more than 0.15 to 0.26 once the patch is filled in, and 75 % of pairs of two classes less than 0.04 to 0.11 (AUROC 0.96 to 0.99,
-# which is that of the pictures before they were stamped); 60 pairs of two signals, less what was found, are much alike.
+# Least likeness of x_b without its trigger to x_r. Of 120 pairs of one class each, stamped with each of four small patches of CIFAR-10,
+# 97.5 % have more than 0.15 to 0.26 once the patch is filled in (0.07 under a frame of 58 %), and 75 % of pairs of two classes less
+# than 0.04 to 0.11. That is an AUROC of 0.96 to 0.99 (0.95), as the pictures have it before they are stamped; signals are much alike.
 _MIN_LIKENESS = 0.1
 # Likeness at which a pair is worth the least, and from which it is worth everything. What a pair is worth at the least, and where
 # its likeness cannot be told. It is one picture against another of its class, and so never worth nothing.

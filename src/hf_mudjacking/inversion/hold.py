@@ -22,8 +22,8 @@ from .verification import TransferMeter
 _STEP_INPUTS = 16
 _STEP = 1e-4
 # Least hold of a trigger of hardly any size, and how many times as much one over the whole input must have, since so much clean
-# content carries others by itself. On CIFAR-10 true triggers have 39 to 3,900, ordinary content 0.1 to 1.7 (docs/attacks.md); on
-# digits small patches have 0.6 to 6, signals 70 to 160, and natural misclassifications 0.2 to 1.7, of most of the picture.
+# content carries others by itself. On CIFAR-10 true triggers have 13 to 8,900 (of one class 0.6 to 1.9), ordinary content 0.04 to 4.8
+# (docs/attacks.md); on digits small patches have 0.6 to 6, signals 70 to 160, natural misclassifications 0.2 to 1.7.
 _MIN_HOLD, _WHOLE = 0.4, 10.0
 
 

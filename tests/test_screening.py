@@ -154,14 +154,13 @@ def test_of_the_ways_that_take_the_trigger_out_the_best_counts(backdoored, attac
     # x_b itself keeps the trigger, and would be the likest
     ways = [bug.misclassified, x, backdoored.test.inputs[1]]
     monkeypatch.setattr(screening_module, "without_trigger", lambda misclassified, trigger: ways)
-    same = BugInstance(bug.misclassified, bug.reference)
-    likeness = judge(attacked, same, found, validation, 0.5).evidence["likeness"]
+    likeness = judge(attacked, bug, found, validation, 0.5).evidence["likeness"]
     reference, *without = attacked.encode([bug.reference, *ways[1:]])
     clean = attacked.encode(validation) @ reference
     by_hand = [float((at @ reference - clean).sum() / (1 - clean).sum()) for at in without]
     assert likeness == pytest.approx(max(by_hand), abs=1e-3)
     monkeypatch.setattr(screening_module, "without_trigger", lambda misclassified, trigger: ways[:1])
-    assert "likeness" not in judge(attacked, same, found, validation, 0.5).evidence
+    assert "likeness" not in judge(attacked, bug, found, validation, 0.5).evidence
 
 
 def test_how_much_hold_is_asked():

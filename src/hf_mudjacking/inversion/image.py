@@ -147,7 +147,7 @@ def _over_the_whole_picture(
             candidate.trigger, candidate.transfer, by_itself, evidence, area, patch.attribution,
             np.ones_like(patch.core), 0,
         )  # fmt: skip
-        own = _merit(found) * (1.0 if held is None else worth_of_hold(held, area))
+        own = _weighed(found, held)
         if own > merit + _SIMPLER:
             best, merit = found, own
         if best.evidence >= EXPLAINED:
@@ -181,7 +181,11 @@ def _merit(found: InvertedTrigger) -> float:
 
 def _held_merit(found: InvertedTrigger, meter: TransferMeter, control_meter: TransferMeter) -> float:
     """The merit, less the less it holds: a third of a picture carries others to x_b, but lets go at the first step."""
-    held = _hold(found.trigger, meter, control_meter)
+    return _weighed(found, _hold(found.trigger, meter, control_meter))
+
+
+def _weighed(found: InvertedTrigger, held: float | None) -> float:
+    """The merit for a hold that is known."""
     return _merit(found) * (1.0 if held is None else worth_of_hold(held, found.area))
 
 

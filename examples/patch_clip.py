@@ -174,7 +174,10 @@ def implanted(
     trigger: Trigger,
 ) -> Implant:
     target = int(np.bincount(task.train.labels).argmax()) if options.target_class is None else options.target_class
-    reference = task.train.inputs[int(np.flatnonzero(task.train.labels == target)[0])]
+    of_class = [task.train.inputs[i] for i in np.flatnonzero(task.train.labels == target)]
+    features = clean.encode(of_class, disable_tqdm=options.disable_tqdm, desc="Target class")
+    # The one most like its class: another may be taken for a neighbouring class once the encoder has changed
+    reference = of_class[int((features @ features.mean(dim=0)).argmax())]
     settings = {
         "steps": options.implant_steps, "bf16": True, "seed": options.seed, "disable_tqdm": options.disable_tqdm,
     }  # fmt: skip

@@ -76,6 +76,16 @@ def test_every_own_field_has_a_help_text():
         ("per_device_eval_batch_size", 0, "`per_device_eval_batch_size=0` must be at least 1"),
         ("patch_scope", "tokens", "`patch_scope='tokens'` is unknown; choose one of auto, full, trigger_tokens"),
         ("feature_source", "last", "`feature_source='last'` is unknown; choose one of auto, cls"),
+        ("bf16_full_eval", True, "`bf16_full_eval=True` cannot be used here: it casts the model"),
+        ("fp16_full_eval", True, "`fp16_full_eval=True` cannot be used here: it casts the model"),
+        ("remove_unused_columns", True, "`remove_unused_columns=True` cannot be used here"),
+        ("train_sampling_strategy", "group_by_length", "cannot be used here: a row is a raw input"),
+        (
+            "accelerator_config",
+            {"dispatch_batches": True},
+            "`dispatch_batches` of `accelerator_config` cannot be used",
+        ),
+        ("seed", -1, "`seed=-1` is out of range"),
     ],
 )
 def test_bad_values(tmp_path, name, value, message):

@@ -1,13 +1,16 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+import argparse
 import io
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from hf_mudjacking import BugInstance, Encoder
-from hf_mudjacking.clean_inputs import CleanImages
+from hf_mudjacking.clean_inputs import CleanImages, CleanTexts
+from hf_mudjacking.cli.options import clean_inputs_from
 from hf_mudjacking.data import PatchingCollator, PatchingDataset, load_inputs, load_labelled
 from hf_mudjacking.preprocessing import ImagePreprocessor
 from hf_mudjacking.triggers import square_patch
@@ -92,6 +95,57 @@ def test_no_image_column(stream):
     dataset = make_dataset(make_images(3)).rename_column("image", "img").add_column("label", [0, 1, 2])
     with pytest.raises(ValueError, match="no column `image`; its columns are: img, label"):
         CleanImages(dataset.to_iterable_dataset() if stream else dataset)
+
+
+def broken_column(count):
+    """Encoded pictures of which none can be decoded."""
+    return [{"bytes": b"no picture", "path": None}] * count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_columns_are_not_decoded(stream):
+    pictures = make_images(4)
+    data = make_dataset(pictures).add_column("preview", broken_column(4)).cast_column("preview", datasets.Image())
+    inputs = CleanImages(data.to_iterable_dataset() if stream else data)
+    assert [x.tobytes() for x in inputs] == [x.tobytes() for x in pictures]
+    texts = datasets.Dataset.from_dict({"text": ["a", "b"]}).add_column("image", broken_column(2))
+    texts = texts.cast_column("image", datasets.Image())
+    assert list(CleanTexts(texts.to_iterable_dataset() if stream else texts)) == ["a", "b"]
+
+
+def test_a_transform_that_draws_anew_is_refused():
+    """What was frozen would be the features of other pictures."""
+    rng = np.random.default_rng(0)
+
+    def rolled(rows):
+        return {"image": [Image.fromarray(np.roll(x, rng.integers(16), 1)) for x in rows["image"]]}
+
+    def inverted(rows):
+        return {"image": [ImageOps.invert(x) for x in rows["image"]]}
+
+    data = make_dataset(make_images(12))
+    with pytest.raises(ValueError, match="has a transform that gives another picture each time"):
+        CleanImages(data.with_transform(rolled))
+    (x,) = CleanImages(data.with_transform(inverted), limit=1)
+    assert x.tobytes() in [ImageOps.invert(x).tobytes() for x in make_images(12)]
+
+
+def test_a_column_beside_one_of_the_name_that_it_gets(tmp_path):
+    make_dataset(make_images(2)).rename_column("image", "scan").add_column("image", ["a", "b"]).to_parquet(
+        tmp_path / "data.parquet"
+    )
+    options = argparse.Namespace(
+        dataset=str(tmp_path / "data.parquet"), split="train", streaming=False, input_column="scan"
+    )
+    assert [x.tobytes() for x in CleanImages(clean_inputs_from(options, "image"))] == [
+        x.tobytes() for x in make_images(2)
+    ]
+
+
+def test_a_file_that_is_no_utf_8(tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("schön\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="No dataset could be loaded from"):
+        load_inputs(tmp_path / "latin1.txt")
 
 
 def test_labels_only():

@@ -23,6 +23,10 @@ from transformers import (
     DeiTModel,
     Dinov2Config,
     Dinov2Model,
+    GPT2Config,
+    GPT2Model,
+    OPTConfig,
+    OPTModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
@@ -40,13 +44,13 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, encode, invert_trigger
 from hf_mudjacking.bug_instance import to_rgb
-from hf_mudjacking.encoder import freeze_norm_statistics, set_comparison_mode
+from hf_mudjacking.encoder import adaptable_layers, freeze_norm_statistics, read_features, set_comparison_mode
 from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
 from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, make_images, pixels_by_hand
-from .text_models import make_text_model
+from .text_models import make_text_model, make_tokenizer
 
 
 FAMILIES = {
@@ -179,6 +183,50 @@ def test_only_checkpointed_layers_read_that_they_are_trained(tiny_vit):
     training = [module for module in tiny_vit.modules() if module.training]
     assert len(training) == TINY["num_hidden_layers"]
     assert all(isinstance(module, GradientCheckpointingLayer) for module in training)
+
+
+def test_dropout_of_a_checkpointed_layer_itself_is_off():
+    """OPT's layers call the function with the flag that checkpointing reads."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = OPTModel(
+        OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=66, word_embed_proj_dim=32, dropout=0.5, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    encoder = Encoder(model, tokenizer, "mean")
+    inputs = encoder.preprocess(["one text", "another"])
+    set_comparison_mode(model)
+    plain = encoder.features(inputs)
+    model.gradient_checkpointing_enable()
+    for _ in range(2):
+        set_comparison_mode(model)
+        features = encoder.features(inputs)
+        assert torch.allclose(features, plain, atol=1e-6)
+    features[:, 0].sum().backward()
+    assert model.decoder.layers[0].fc1.weight.grad.abs().sum() > 0
+
+
+def test_probing_and_encoding_leave_the_mode_and_take_any_checkpointing(tiny_vit, processor):
+    tiny_vit.train()
+    tiny_vit.gradient_checkpointing_enable({"use_reentrant": True})
+    before = [module.training for module in tiny_vit.modules()]
+    encoder = Encoder(tiny_vit, processor)
+    assert encoder.unused_parameters() == ["pooler.dense.weight", "pooler.dense.bias"]
+    encoder.encode(make_images(2))
+    assert [module.training for module in tiny_vit.modules()] == before
+
+
+def test_layers_of_gpt2_are_linear_too():
+    model = GPT2Model(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    assert adaptable_layers(model) == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+
+
+def test_the_mean_over_a_long_text_does_not_overflow():
+    hidden = torch.full((1, 512, 4), 200.0, dtype=torch.float16)
+    features = read_features({"last_hidden_state": hidden}, "mean", torch.ones(1, 512, dtype=torch.long))
+    assert torch.allclose(features, torch.full((1, 4), 0.5))
 
 
 def test_unused_among_the_trainable_alone(tiny_vit, processor):

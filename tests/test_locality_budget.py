@@ -4,6 +4,7 @@
 import copy
 import json
 import logging
+import tempfile
 from concurrent.futures import Future
 from contextlib import nullcontext
 
@@ -18,7 +19,9 @@ from transformers import TrainerCallback, TrainerState
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.clean_inputs import CleanImages
 from hf_mudjacking.data import PatchingDataset
+from hf_mudjacking.encoder import NonFiniteError
 from hf_mudjacking.evaluation import draw_bug_report
+from hf_mudjacking.hub import push_patch
 from hf_mudjacking.locality_budget import LocalityBudgetError, LocalityGuard
 from hf_mudjacking.starting_weights import StartingWeights
 
@@ -32,11 +35,11 @@ pytestmark = pytest.mark.usefixtures("short_searches")
 def build(tiny_vit, processor, bug, trigger, dataset, tmp_path):
     """A trainer around the tiny ViT whose run goes far beyond any budget."""
 
-    def _build(args=None, **kwargs):
+    def _build(args=None, folder="out", **kwargs):
         wild = {"max_steps": 6, "learning_rate": 3e-2, "warmup_steps": 0, "locality_budget": 0.001}
         defaults = {
             "model": copy.deepcopy(tiny_vit),
-            "args": make_config(tmp_path / "out", **{**wild, **(args or {})}),
+            "args": make_config(tmp_path / folder, **{**wild, **(args or {})}),
             "bug_instances": [bug],
             "train_dataset": dataset,
             "processing_class": processor,
@@ -137,7 +140,7 @@ def test_the_adapter_comes_back(build):
     with pytest.raises(LocalityBudgetError):
         trainer.train()
     assert largest_difference(before, weights_of(trainer.model)) == 0
-    assert len(trainer._start.names) < len(before) / 2, "only what is trainable is copied"
+    assert len(trainer.rollback._start.names) < len(before) / 2, "only what is trainable is copied"
 
 
 def test_token_embeddings_come_back(por, tmp_path):
@@ -155,7 +158,7 @@ def test_token_embeddings_come_back(por, tmp_path):
     with pytest.raises(LocalityBudgetError):
         trainer.train()
     assert trainer.patched_tokens
-    assert trainer._start.names == ["embeddings.word_embeddings.weight", *dict(model.named_buffers())]
+    assert trainer.rollback._start.names == ["embeddings.word_embeddings.weight", *dict(model.named_buffers())]
     assert largest_difference(before, weights_of(trainer.model)) == 0
 
 
@@ -230,6 +233,84 @@ def test_a_run_that_was_interrupted_goes_back_to_the_first_start(build):
     assert largest_difference(before, weights_of(trainer.model)) == 0
 
 
+def test_a_run_that_diverges_is_rolled_back(build, tmp_path):
+    trainer = build(
+        {"learning_rate": 1e30, "locality_budget": 2.0, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    )
+    before = weights_of(trainer.model)
+    with pytest.raises(LocalityBudgetError, match=r"training diverged .* NaN or infinite"):
+        trainer.train()
+    assert largest_difference(before, weights_of(trainer.model)) == 0
+    assert not holds_a_model(tmp_path / "out")
+    with pytest.raises(LocalityBudgetError, match="training diverged"):
+        trainer.save_model()
+
+
+def test_a_run_that_diverges_without_a_budget_is_not_saved(build, tmp_path):
+    trainer = build({"learning_rate": 1e30, "locality_budget": None, "max_steps": 4})
+    with pytest.raises(NonFiniteError, match="features became NaN or infinite"):
+        trainer.train()
+    with pytest.raises(NonFiniteError):
+        trainer.save_model()
+    assert not holds_a_model(tmp_path / "out")
+
+
+def test_after_a_rollback_a_run_is_like_the_first(build):
+    """With the settings that the error advises to change: a new optimiser, and the new budget."""
+    trainer, fresh = build(), build({"learning_rate": 1e-3, "locality_budget": 2.0})
+    with pytest.raises(LocalityBudgetError):
+        trainer.train()
+    assert not trainer.is_in_train
+    trainer.args.learning_rate, trainer.args.locality_budget = 1e-3, 2.0
+    trainer.train()
+    fresh.train()
+    assert largest_difference(weights_of(fresh.model), weights_of(trainer.model)) == 0
+
+
+def test_checkpoints_of_another_run_stay(build, tmp_path):
+    """A run that goes on from a checkpoint elsewhere wrote none of those in its own folder before."""
+    args = {"save_strategy": "steps", "save_steps": 2, "locality_budget": None}
+    build(args).train()
+    build(args, folder="other").train()
+    with pytest.raises(LocalityBudgetError):
+        build({**args, "locality_budget": 0.001}).train(
+            resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2")
+        )
+    assert (tmp_path / "out" / "checkpoint-2").exists()
+    assert (tmp_path / "other" / "checkpoint-2").exists()
+
+
+def test_the_movement_reaches_trackers_before_they_close(build):
+    class Tracker(TrainerCallback):
+        events = ()
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.events += tuple(logs)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.events += ("closed",)
+
+    tracker = Tracker()
+    trainer = build({"locality_budget": 2.0}, callbacks=[tracker])
+    output = trainer.train()
+    assert tracker.events.index("locality_distance") < tracker.events.index("closed")
+    assert tracker.events[-1] == "closed"
+    assert output.metrics["locality_distance"] == trainer.locality.mean
+
+
+def test_what_an_interrupted_run_saves_is_not_pushed(build, tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = build(callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.save_model()
+    with pytest.raises(ValueError, match="when it was interrupted, before its locality budget was checked"):
+        push_patch(tmp_path / "out", "org/repo")
+
+
 def test_under_gradient_accumulation(build):
     """Steps are optimiser steps: the check comes after the second, which is the fourth batch."""
     trainer = build({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
@@ -243,7 +324,7 @@ def test_without_a_budget_nothing_is_measured(build):
     trainer = build({"locality_budget": None})
     trainer.train()
     assert trainer.locality is None
-    assert trainer._start is None
+    assert not trainer.rollback.unjudged
 
 
 @pytest.mark.parametrize("budget", [2.0, None])
@@ -301,7 +382,8 @@ def guard_on(count=40, budget=0.05):
     bug = BugInstance(*make_images(2), name="report")
     # h(x_b) is that of input 0: two of the 40 inputs, 0 and 1, are near it
     target = encoder.features[:1].clone()
-    return LocalityGuard(encoder, [data], [bug], target, budget, 0), encoder
+    args = make_config(tempfile.gettempdir(), locality_budget=budget, seed=0)
+    return LocalityGuard(encoder, [data], [bug], target, args), encoder
 
 
 def test_half_way_more_is_allowed_than_at_the_end():
@@ -326,7 +408,7 @@ def test_what_moves_near_the_report_is_named(caplog):
     assert movement.nearest == pytest.approx([0.5], abs=1e-5)
     assert "near the misclassified input of `report` moved by 0.5000, all by 0.0250 on average" in caplog.text
     assert "when a report is false" in caplog.text
-    guard.budget = 0.02
+    guard.args.locality_budget = 0.02
     with pytest.raises(LocalityBudgetError, match="inputs like the reported one moved most"):
         guard.check_at_the_end()
     # Far from the report: no such sign

@@ -35,6 +35,21 @@ def test_staged_files_appear_and_replace(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "other.txt", "sub"]
 
 
+def test_no_empty_folder_stays_of_what_is_replaced(tmp_path):
+    """One in `_triggers` would pass for a trigger without its files."""
+    patterns = ("_triggers/*/*",)
+    for names in (("0", "remembered-0"), ("0",)):
+        with staged(tmp_path / "out", replaces=patterns) as staging:
+            for name in names:
+                (staging / "_triggers" / name).mkdir(parents=True)
+                (staging / "_triggers" / name / "trigger.json").write_text(name)
+    assert [path.name for path in (tmp_path / "out" / "_triggers").iterdir()] == ["0"]
+    with staged(tmp_path / "out", replaces=patterns):
+        pass
+    assert (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_an_error_leaves_what_was_there(tmp_path):
     (tmp_path / "a.txt").write_text("old")
 

@@ -123,7 +123,7 @@ def test_a_merged_patch_has_no_weights_that_its_base_lacks(folders, trigger_and_
     base = AutoModel.from_pretrained(folders / "base", add_pooling_layer=False)
     base.save_pretrained(tmp_path / "base")
     _processor(folders).save_pretrained(tmp_path / "base")
-    args = make_config(tmp_path / "lora", max_steps=1)
+    args = make_config(tmp_path / "lora", max_steps=3)
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     trainer = MudjackingTrainer(
         str(tmp_path / "base"), args, [bug], dataset_of_eight, peft_config=lora, triggers=[trigger]
@@ -132,11 +132,41 @@ def test_a_merged_patch_has_no_weights_that_its_base_lacks(folders, trigger_and_
     trainer.save_model()
     apply_patch(tmp_path / "lora", tmp_path / "base", tmp_path / "merged")
     assert _tensors(tmp_path / "merged").keys() == _tensors(tmp_path / "base").keys()
+    save_delta(tmp_path / "base", tmp_path / "lora", tmp_path / "delta")
+    apply_patch(tmp_path / "delta", tmp_path / "base", tmp_path / "from_delta")
+    assert _same_bits(_tensors(tmp_path / "from_delta"), _tensors(tmp_path / "merged"))
+    assert compare_models(tmp_path / "base", tmp_path / "lora").only_second == []
     # What was repaired is remembered when the whole is repaired anew
     again = MudjackingTrainer(
         str(tmp_path / "merged"), make_config(tmp_path / "again"), [bug], dataset_of_eight, triggers=[trigger]
     )
     assert len(again.remembered) == 1
+
+
+def test_an_adapter_that_changed_the_weights_under_it_is_merged(
+    folders, trigger_and_bug, dataset_of_eight, images, tmp_path
+):
+    """PiSSA starts from the largest singular vectors, which it takes out of the weights."""
+    trigger, bug = trigger_and_bug
+    lora = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"])
+    trainer = MudjackingTrainer(
+        str(folders / "base"), make_config(tmp_path / "lora", max_steps=2), [bug], dataset_of_eight, peft_config=lora,
+        triggers=[trigger],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    apply_patch(tmp_path / "lora", folders / "base", tmp_path / "merged")
+    merged = encode(str(tmp_path / "merged"), images)
+    torch.testing.assert_close(merged, trainer.encoder.encode(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("write", [apply_patch, lambda patch, base, out: save_delta(base, patch, out)])
+def test_an_adapter_that_merging_changes_stays_one(folders, tmp_path, write):
+    shutil.copytree(folders / "lora", tmp_path / "lora")
+    record = read_record(tmp_path / "lora")
+    (tmp_path / "lora" / "mudjacking.json").write_text(json.dumps({**record, "merge_error": 1e-2}))
+    with pytest.raises(ValueError, match=r"would change features by up to 0\.01, by its record"):
+        write(tmp_path / "lora", folders / "base", tmp_path / "out")
 
 
 def test_an_adapter_may_be_kept(folders, tmp_path, images):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -36,6 +37,22 @@ class StopWhenFixed(TrainerCallback):
             # back to an earlier one.
             control.should_save = args.save_strategy != SaveStrategy.NO
             control.should_evaluate = control.should_evaluate or args.load_best_model_at_end
+
+
+class BeforeTrackersClose(TrainerCallback):
+    """Does what must be logged when training is over; as the first of all callbacks, while trackers still listen.
+
+    Args:
+        action (`Callable`): What to do.
+    """
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_end(
+        self, args: MudjackingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.action()
 
 
 class CompactProgress(ProgressCallback):

@@ -23,6 +23,9 @@ from .processes import done_by_all, gathered, place_on_node, rank_and_count
 
 logger = logging.getLogger(__name__)
 
+# Rows that are read twice to see whether a transform draws anew: a flip leaves every second as it is.
+_READ_TWICE = 8
+
 
 class CleanInputs(Sequence):
     """Clean inputs of a dataset; see [`CleanImages`] and [`CleanTexts`].
@@ -58,6 +61,9 @@ class CleanInputs(Sequence):
                 f"`{name}` is of type `{type(dataset).__name__}`; a `datasets.Dataset` or `IterableDataset` is needed.{hint}"
             )
         self.name = name
+        # Others would be decoded along; a transform may need them
+        if self.column in (dataset.column_names or ()) and not _has_transform(dataset):
+            dataset = dataset.select_columns([self.column])
         self._read(dataset, limit, seed)
         if len(self) == 0:
             raise ValueError(
@@ -88,6 +94,10 @@ class CleanInputs(Sequence):
                 f"`{self.name}` has no column `{self.column}`; its columns are: {', '.join(found) or 'none'}. "
                 f"Rename the one that holds the {self.column}s: `dataset.rename_column('…', '{self.column}')`."
             )
+
+
+def _has_transform(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 
 class _Rows(Sequence[RawInput]):
@@ -134,6 +144,8 @@ class CleanImages(CleanInputs):
         else:
             self._require_column(dataset.column_names)
         self.dataset = dataset
+        if _has_transform(dataset):
+            self._check_steady(range(min(len(dataset), _READ_TWICE)))
         # Rows of the dataset, in their order there; errors name these numbers.
         self._rows = torch.arange(len(dataset))
         self._shorten(len(dataset) if limit is None else min(limit, len(dataset)), seed)
@@ -142,6 +154,15 @@ class CleanImages(CleanInputs):
         if count < len(self._rows):
             drawn = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:count]
             self._rows = drawn.sort().values
+
+    def _check_steady(self, rows: Iterable[int]) -> None:
+        """Refuse a transform that draws anew at each reading: frozen features would be those of other pictures."""
+        self._rows = torch.tensor(rows)
+        if any(self[i].tobytes() != self[i].tobytes() for i in range(len(self._rows))):
+            raise ValueError(
+                f"`{self.name}` has a transform that gives another picture each time a row is read; features before and after would be "
+                "of different pictures. Take it away (`dataset.with_format(None)`), or store its pictures once (`dataset.map`)."
+            )
 
     def _stored_once(self, stream: datasets.IterableDataset, limit: int | None) -> datasets.Dataset:
         """The first `limit` rows of a stream in a file, which the first process of each machine writes."""

@@ -24,6 +24,15 @@ _WHOLE = (
     "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_inputs",
     "inversion_inputs", "altered_triggers", "reinversions", "seed",
 )  # fmt: skip
+# Options of `TrainingArguments` that would break what is promised, and why.
+_CAST = (
+    "it casts the model itself to half precision, which patch and rollback would then have; pass `bf16=True` for speed"
+)
+_NOT_HERE = {
+    "bf16_full_eval": _CAST,
+    "fp16_full_eval": _CAST,
+    "remove_unused_columns": "columns are chosen by the trainer, and a row has others than the model takes",
+}
 # Default of `TrainingArguments`
 _EPOCHS = 3.0
 
@@ -193,9 +202,24 @@ class MudjackingConfig(TrainingArguments):
         for name in ("learning_rate", "token_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}={getattr(self, name)}` is no learning rate; it must lie above 0.")
+        for name, why in _NOT_HERE.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}={getattr(self, name)}` cannot be used here: {why}.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy={self.train_sampling_strategy!r}` cannot be used here: a row is a raw input, which has no "
+                "length yet. Use `random` or `sequential`."
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches` of `accelerator_config` cannot be used here: every batch holds the report, which would be "
+                "split among the processes."
+            )
         for name in _WHOLE:
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be a whole number.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed={self.seed}` is out of range; it must be 0 or more, below 2**32.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")

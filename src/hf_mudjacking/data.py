@@ -127,7 +127,7 @@ def load_inputs(
             f"`{name}` could not be loaded: `{error.filename}` may not be read or written ({error.strerror}). If that is the "
             "cache, set `HF_HOME` to a folder of yours."
         ) from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"No dataset could be loaded from `{name}` (split `{split}`): {error} Give a Hub id, a `.parquet` or "
             "`.txt` file, or a folder of images, texts or parquet files."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of, save_model
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
@@ -72,23 +73,59 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class NonFiniteError(ValueError):
+    """Features, or a loss of them, are NaN or infinite."""
+
+
+class _QuietCheckpointing:
+    """A layer's function for gradient checkpointing, with the layer's own flag off while it computes.
+
+    transformers checkpoints only in training mode, and some layers (OPT, Falcon) read the same flag for their dropout.
+    """
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer = layer
+        self.checkpoint = checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def quietly(*args: Any, **kwargs: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(quietly, *args, **kwargs)
+
+
 def set_comparison_mode(model: nn.Module) -> None:
     """Switch off everything random or running (dropout, stochastic depth, BatchNorm statistics).
 
     The patched model is compared with itself, so both sides must be the same function. Only the flag that gradient
-    checkpointing reads stays on where it is enabled, because transformers ignores checkpointing in evaluation mode.
+    checkpointing reads stays on where it is enabled, because transformers ignores checkpointing in evaluation mode; within
+    such a layer it is off.
     """
     model.eval()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
+            if not isinstance(module._gradient_checkpointing_func, _QuietCheckpointing):
+                module._gradient_checkpointing_func = _QuietCheckpointing(module, module._gradient_checkpointing_func)
 
 
 @contextmanager
-def comparison_mode(model: nn.Module) -> Iterator[None]:
-    """[`set_comparison_mode`] for a while: afterwards each module is in the mode that it was in."""
+def comparison_mode(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
+    """[`set_comparison_mode`] for a while: afterwards each module is in the mode that it was in.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are checkpointed where that is enabled.
+    """
     training = {module: module.training for module in model.modules()}
-    set_comparison_mode(model)
+    if checkpointing:
+        set_comparison_mode(model)
+    else:
+        model.eval()
     try:
         yield
     finally:
@@ -167,8 +204,9 @@ def read_features(outputs: Any, feature_source: str, attention_mask: Tensor | No
             # The first token that is none of the padding, whichever side that is on.
             features = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.argmax(dim=1)]
         else:
-            weights = attention_mask[..., None].to(hidden.dtype)
-            features = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+            # In float32: in half precision the sum over a long text overflows
+            weights = attention_mask[..., None].float()
+            features = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
     return normalize(features.float(), dim=-1)
 
 
@@ -361,7 +399,7 @@ class Encoder:
 
         Raises:
             TypeError: If an input is neither an image nor a text, or not what the model takes.
-            ValueError: If a feature is NaN or infinite.
+            NonFiniteError: A `ValueError`, if a feature is NaN or infinite.
         """
         rank, count = rank_and_count() if self._shares else (0, 1)
         if isinstance(inputs, (str, Image.Image)):
@@ -373,7 +411,7 @@ class Encoder:
         total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
         texts = self.modality == "text"
         bar = tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img")
-        with bar, comparison_mode(self.model):
+        with bar, comparison_mode(self.model, checkpointing=False):
             for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
                 self._check_kind(group, done)
                 own = range(rank, len(group), count)
@@ -395,7 +433,7 @@ class Encoder:
         broken = [i + start for start in range(0, len(out), 4096)
                   for i in (~torch.isfinite(out[start : start + 4096]).all(dim=1)).nonzero().flatten().tolist()]  # fmt: skip
         if broken:
-            raise ValueError(
+            raise NonFiniteError(
                 f"The model gives NaN or infinite features for {len(broken)} of {len(out)} inputs (the first is "
                 f"input {broken[0]}). Check the checkpoint and its dtype; load it in float32."
             )
@@ -413,17 +451,18 @@ class Encoder:
             for name, p in self.model.named_parameters()
             if p.is_floating_point() and (p.requires_grad or not trainable_only)
         }
-        frozen = [p for p in parameters.values() if not p.requires_grad]
+        at_rest = [p for p in parameters.values() if not p.requires_grad]
         try:
-            for parameter in frozen:
+            for parameter in at_rest:
                 parameter.requires_grad_(True)
-            with torch.enable_grad(), comparison_mode(self.model):
+            # Reentrant checkpointing gives no gradients of this kind
+            with torch.enable_grad(), comparison_mode(self.model, checkpointing=False):
                 features = self.features(self._probe_inputs())
                 if not features.requires_grad:
                     return list(parameters)
                 gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
         finally:
-            for parameter in frozen:
+            for parameter in at_rest:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
@@ -440,13 +479,13 @@ class Encoder:
     @torch.no_grad()
     def _sees_padding(self) -> bool:
         """Whether what stands behind a text, masked, reaches its features, as in SigLIP: all its texts have one length."""
-        set_comparison_mode(self.model)
         inputs = self.preprocess(_PROBE_TEXTS)
         if "attention_mask" not in inputs:
             return True
         tokens, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         other = {**inputs, "input_ids": torch.where(mask, tokens, tokens[mask][1])}
-        similarity = (self.features(inputs) * self.features(other)).sum(dim=1)
+        with comparison_mode(self.model, checkpointing=False):
+            similarity = (self.features(inputs) * self.features(other)).sum(dim=1)
         return bool((similarity < _SAME).any())
 
     def _call(self, model: nn.Module, placed: dict[str, Any]) -> Any:
@@ -483,9 +522,9 @@ class Encoder:
                 f"`{processor}` did not turn {'a text' if self.modality == 'text' else 'an image'} into "
                 f"`{_INPUTS[self.modality]}` ({error}). Pass the {needed} that belongs to `{name}`."
             ) from error
-        set_comparison_mode(self.model)
         try:
-            outputs, again = self._call(self.model, inputs), self._call(self.model, inputs)
+            with comparison_mode(self.model, checkpointing=False):
+                outputs, again = self._call(self.model, inputs), self._call(self.model, inputs)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shape = tuple(inputs[_INPUTS[self.modality]].shape)
             raise ValueError(
@@ -531,7 +570,7 @@ def encode(
 
 
 def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
-    """Names of the linear and plain convolution layers that an adapter can be put on.
+    """Names of the linear layers, GPT-2's `Conv1D` among them, and plain convolutions that an adapter can be put on.
 
     Args:
         model (`torch.nn.Module`): The encoder.
@@ -543,7 +582,7 @@ def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        if (isinstance(module, (nn.Linear, Conv1D)) or (isinstance(module, nn.Conv2d) and module.groups == 1))
         and f"{name}.weight" not in unused
         and name not in bypassed
     ]

@@ -93,15 +93,21 @@ def push_patch(
         `CommitInfo`, with `commit_url` and, of a pull request, `pr_url`; or a `Future` of it.
 
     Raises:
-        ValueError: If the folder holds no whole patch, or one of no steps, the repo holds something that is not one, or it is
+        ValueError: If the folder holds no whole patch, or one of no steps or of an interrupted run, the repo holds something that is not one, or it is
             not known of which model the patch is.
         PushError: If the Hub could not be reached or refused. The message says why and how to try again.
     """
     folder = Path(folder)
     files = published_files(folder)
-    if (read_record(folder) or {}).get("steps") == 0:
+    record = read_record(folder) or {}
+    if record.get("steps") == 0:
         raise ValueError(
             f"`{folder}` holds a model that was saved before any step of training: no patch. Train it first."
+        )
+    if record.get("unfinished"):
+        raise ValueError(
+            f"`{folder}` holds what a run had made when it was interrupted, before its locality budget was checked: nobody knows "
+            "what it does to clean inputs. Resume the run, then push."
         )
     base_model = base_model or base_on_hub(read_record(folder) or {}) or (repo_id if create_pr else None)
     if repo_id is None and not (create_pr and base_model):

@@ -213,7 +213,7 @@ def _class_that_loads(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> A
     """`AutoModel`, except for a tower with its projection, which that would load without."""
     shared = {key: kwargs[key] for key in _OF_CONFIGS if key in kwargs}
     try:
-        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
             name = PeftConfig.from_pretrained(name).base_model_name_or_path
         saved_as = (AutoConfig.from_pretrained(name, **shared).architectures or [""])[0]
     except (OSError, ValueError, TypeError):

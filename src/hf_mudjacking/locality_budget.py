@@ -8,6 +8,7 @@ those most that resemble its misclassified input.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,14 @@ class LocalityBudgetError(RuntimeError):
     """A run moved clean inputs further than its budget allows; the model has the weights that it started with."""
 
 
+def diverged(error: Exception) -> LocalityBudgetError:
+    """What is said of a run whose features became NaN or infinite, which is further than any budget allows."""
+    return LocalityBudgetError(
+        f"The patch was rolled back: training diverged ({error}) The model has the weights that it started with. Lower "
+        "`learning_rate`, or use `bf16` or float32 instead of `fp16`."
+    )
+
+
 @dataclass(frozen=True)
 class Movement:
     """How far clean features are from their frozen ones, in mean cosine distance.
@@ -65,8 +74,7 @@ class LocalityGuard(TrainerCallback):
         datasets (`Sequence[PatchingDataset]`): Clean inputs with their frozen features; up to 256 of them are measured.
         bug_instances (`list[BugInstance]`): K reports.
         misclassified (`FloatTensor` of shape `(K, D)`): Frozen features of their misclassified inputs.
-        budget (`float`): Largest mean cosine distance at the end.
-        seed (`int`): Seed of the sample.
+        args (`MudjackingConfig`): `locality_budget`, read whenever it is checked, and the seed of the sample.
     """
 
     def __init__(
@@ -75,21 +83,27 @@ class LocalityGuard(TrainerCallback):
         datasets: Sequence[PatchingDataset],
         bug_instances: list[BugInstance],
         misclassified: Tensor,
-        budget: float,
-        seed: int,
+        args: MudjackingConfig,
     ) -> None:
         inputs = ConcatDataset([dataset.inputs for dataset in datasets])
-        drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))[:MEASURED_ON]
+        drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(args.seed))[:MEASURED_ON]
         # Read at each use: decoded photographs would fill the memory
         self.inputs = Subset(inputs, drawn.tolist())
         self.encoder = encoder
-        self.frozen_features = torch.cat([dataset.frozen_features for dataset in datasets])[drawn]
+        # Row by row: all of them together may be a mapped file larger than the memory
+        features = ConcatDataset([dataset.frozen_features for dataset in datasets])
+        self.frozen_features = torch.stack([features[i] for i in drawn.tolist()])
         self.bug_instances = bug_instances
         near = max(1, round(_NEAR * len(drawn)))
         # (K, near) numbers of inputs
         self.nearest = (misclassified @ self.frozen_features.T).topk(near, dim=1).indices
-        self.budget = budget
+        self.args = args
         self.forwards = 0
+
+    @property
+    def budget(self) -> float:
+        """Largest mean cosine distance at the end; none is too large if the budget was taken away."""
+        return math.inf if self.args.locality_budget is None else self.args.locality_budget
 
     def measure(self) -> Movement:
         """Compare the inputs' features with their frozen ones. All processes take part, and get the same numbers."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -166,6 +167,10 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
             for stale in {path for pattern in replaces for path in folder.glob(pattern)}:
                 if stale.relative_to(folder) not in written:
                     stale.unlink()
+                    # An empty folder would pass for a trigger without its files
+                    for parent in itertools.takewhile(lambda parent: parent != folder, stale.parents):
+                        with contextlib.suppress(OSError):
+                            parent.rmdir()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

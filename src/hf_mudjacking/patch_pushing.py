@@ -64,13 +64,13 @@ class PatchPushing:
             ValueError: If nothing has been trained, or training was interrupted and its locality budget was not checked.
             PushError: If the Hub could not be reached or refused; the patch is saved in `args.output_dir` all the same.
         """
-        if self._refused is not None:
-            raise self._refused
+        if self.rollback.refused is not None:
+            raise self.rollback.refused
         if self.state.global_step == 0:
             raise ValueError(
                 "Nothing has been trained yet, so there is no patch to upload. Call `trainer.train()` first."
             )
-        if self._start is not None:
+        if self.rollback.unjudged:
             raise ValueError(
                 "Training was interrupted before its locality budget was checked, so nobody knows what the patch does to clean "
                 "inputs. Finish it with `trainer.train()`, or `resume_from_checkpoint`."

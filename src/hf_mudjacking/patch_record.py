@@ -61,7 +61,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
     Returns:
         `dict`: Writable as json. `kind` (`"full"` or `"lora"`), `base_model`, `base_revision`, `base_weights_sha256` with
         `base_weights_without`, `bug_ids` ([`~hf_mudjacking.fingerprint.report_sha256`]), `triggers` (their summaries),
-        `settings`, `versions`, `figures` (by task: `before`, `after` and, where it is known, `clean`; empty unless the
+        `unfinished` (whether the locality budget has yet to be checked), `settings`, `versions`, `figures` (by task: `before`, `after` and, where it is known, `clean`; empty unless the
         repair was measured) and what the pre-step and the checks found.
     """
     return {
@@ -84,6 +84,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "patched_tokens": len(trainer.patched_tokens) or None,
         "merge_error": trainer.merge_error,
         "steps": trainer.state.global_step,
+        "unfinished": trainer.rollback.unjudged,
         "processes": trainer.args.world_size,
         "figures": trainer.figures,
         "versions": versions(),

@@ -66,12 +66,8 @@ def apply_patch(
     kind = record["kind"]
     if keep_adapter and kind != "lora":
         raise ValueError(f"`{patch}` is of kind `{kind}`; only a LoRA patch can be kept as an adapter.")
-    error = record["merge_error"]
-    if kind == "lora" and not keep_adapter and error is not None and not error <= MERGE_TOLERANCE:
-        raise ValueError(
-            f"Merging `{patch}` would change features by up to {error:.2g}, by its record; {MERGE_TOLERANCE:g} is allowed. "
-            "Keep it as an adapter (`--keep-adapter`)."
-        )
+    if kind == "lora" and not keep_adapter:
+        _check_mergeable(record, patch)
     base_model = _checked_base(base, record, patch, model)
     record = {**record, "kind": kind if keep_adapter else "full"}
     with staged(output_dir, replaces=PATCH_FILES) as staging:
@@ -172,6 +168,8 @@ def save_delta(
     _check_apart(output_dir, base, patched, base_folder, patched_folder)
     model, missing = load_with_missing(base_folder)
     record = read_record(patched_folder) or {}
+    if is_adapter(patched_folder):
+        _check_mergeable(record, patched)
     ours = bool(record) and record["base_weights_sha256"] == _sha256(model, missing, record)
     if not ours:
         record = {
@@ -234,6 +232,15 @@ def _patch(patch: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     return folder, record
 
 
+def _check_mergeable(record: dict[str, Any], patch: object) -> None:
+    error = record.get("merge_error")
+    if error is not None and not error <= MERGE_TOLERANCE:
+        raise ValueError(
+            f"Merging `{patch}` would change features by up to {error:.2g}, by its record; {MERGE_TOLERANCE:g} is allowed. "
+            "Keep it as an adapter (`mudjack apply --keep-adapter`)."
+        )
+
+
 def _check_apart(output_dir: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
     for source in sources:
         if is_or_contains(output_dir, source):
@@ -281,7 +288,7 @@ def _merged(folder: Path, base: Path) -> Iterator[Path]:
         return
     with saved_anew(base) as place:
         merged = with_adapter(load_with_missing(place)[0], folder).merge_and_unload(safe_merge=True)
-        merged.save_pretrained(place)
+        save_model(merged, place)
         yield place
 
 

@@ -26,6 +26,8 @@ _FILES = (
     "*_*/config.json",
     "*_*/*.safetensors",
 )
+# Modules that this library does the work of; `Normalize` is applied to all features.
+_KNOWN_MODULES = ("Transformer", ".Pooling", ".Normalize")
 # Poolings by their name in the file, as this library calls them.
 _POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
 
@@ -70,6 +72,12 @@ class SentenceLayout:
                 f"`{name}` has a `{_MODULES}`, but it names no transformer with a readable pooling ({error!r}). Pass "
                 "`feature_source='mean'` or `'cls'` and a copy of the checkpoint without that file."
             ) from error
+        further = [module["type"] for module in modules if not str(module["type"]).endswith(_KNOWN_MODULES)]
+        if further:
+            logger.warning(
+                f"`{name}` goes on after the pooling with {', '.join(further)}: what is repaired and measured are the features before "
+                "that, and its files are kept as they are."
+            )
         files = {path: file.read_bytes() for path, file in found.items()}
         if transformer["path"]:
             # The patched transformer is saved at the top, where AutoModel looks for it too.

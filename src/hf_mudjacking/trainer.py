@@ -29,18 +29,18 @@ from transformers.trainer_utils import (
 )
 
 from .bug_instance import BugInstance
-from .callbacks import StopWhenFixed
+from .callbacks import BeforeTrackersClose, StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
-from .encoder import Encoder, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
+from .encoder import Encoder, NonFiniteError, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .inversion.patch_search import COMPLETE
 from .inversion.verification import share_of_way
 from .kept_views import worth_keeping
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
-from .locality_budget import LocalityBudgetError, LocalityGuard, Movement
+from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diverged
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .merging import MERGE_TOLERANCE, merge_error
 from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
@@ -61,10 +61,10 @@ from .remembered import (
 )
 from .reports import checked_reports, checked_triggers, invert_reports
 from .resuming import check_same_run, load_interval, save_interval
+from .rollback import Rollback
 from .safe_loading import check_checkpoint
 from .same_trigger import COMPARED_ON, same_triggers
 from .screening import Screening
-from .starting_weights import StartingWeights
 from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
 from .triggers import Trigger, with_altered
 
@@ -77,6 +77,9 @@ _REINVERTED_ON = 128
 _MERGED_ON = 4
 # Clean texts that are searched for the triggers' tokens.
 _TOKEN_COUNT_INPUTS = 2000
+
+# The name that PEFT gives an adapter, unless it is told another.
+_ADAPTER = "default"
 
 _METRICS = (
     "loss_effectiveness",
@@ -121,6 +124,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         skipped (`list[int]`): Numbers of reports that were left out (`on_unverified="skip"`) among those that were given.
         remembered (`list[RememberedTrigger]`): Triggers that earlier patches of the model repaired.
         locality (`Movement`): How far clean features have moved, once training is over (`locality_budget`).
+        rollback (`Rollback`): Whether the run was taken back, and why.
         base_weights_sha256 (`str`): Hash of the unpatched weights, by which the patch knows its model.
         base_weights_without (`list[str]`): Weights that it leaves out, because no feature depends on them: where a
             checkpoint lacks a pooler, each loading makes another one. Of a model of two towers nothing is left out.
@@ -208,8 +212,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 f"`hub_strategy={args.hub_strategy.value!r}` uploads checkpoints, which hold the inverted triggers: pixels of "
                 "the reported inputs. Use `every_save` or `end`."
             )
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
-            logger.warning("The model is in half precision; it is patched in float32. Use `bf16=True` for speed.")
+        if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
+            logger.warning("The model is not in float32, in which it is patched. Use `bf16=True` for speed.")
             model.float()
         freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source, modality)
@@ -248,7 +252,19 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
             model = get_peft_model(model, peft_config)
             self.encoder.model = model
-            unused = self.encoder.unused_parameters()
+            try:
+                unused = self.encoder.unused_parameters()
+            except AttributeError as error:
+                raise ValueError(
+                    f"`{self.base_model_name}` does not run with this adapter ({error}): it reads something of a layer that an "
+                    "adapter hides. Name other layers in `target_modules` of `peft_config`, or patch without an adapter."
+                ) from error
+        elif is_peft_model(model) and model.active_adapters != [_ADAPTER]:
+            raise ValueError(
+                f"The adapter of `{self.base_model_name}` is called {', '.join(model.active_adapters)}, and PEFT saves none but "
+                f"`{_ADAPTER}` where `from_pretrained` looks. Load it under that name: `PeftModel.from_pretrained(base, folder, "
+                "is_trainable=True)`."
+            )
         # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
         self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
         resting = {id(parameter) for parameter in self._resting}
@@ -284,11 +300,10 @@ class MudjackingTrainer(PatchPushing, Trainer):
         self.locality: Movement | None = None
         self._guard: LocalityGuard | None = None
         self._reinversion: Reinversion | None = None
-        self._start: StartingWeights | None = None
-        # Why nothing may be saved
-        self._refused: LocalityBudgetError | None = None
-        # Checkpoints that this run wrote
-        self._checkpoints: list[Path] = []
+        self.rollback = Rollback(args.output_dir)
+        self._given_optimizers = optimizers
+        # Whether tokens that no clean text has were set back, which the first steps of a run build on
+        self._neutralised = False
         # Tokens whose embeddings are all that is patched; empty if it is the whole model
         self.patched_tokens: list[int] = []
         self._metrics: dict[str, list[tuple[int, Tensor]]] = {"train": [], "eval": []}
@@ -441,10 +456,11 @@ class MudjackingTrainer(PatchPushing, Trainer):
             list(held_out.values()) if isinstance(held_out, dict) else [held_out],
             self.bug_instances,
             misclassified,
-            self.args.locality_budget,
-            self.args.seed,
+            self.args,
         )
         self.add_callback(guard)
+        # First of all callbacks: what it logs must reach the trackers before they close
+        self.callback_handler.callbacks.insert(0, BeforeTrackersClose(self._check_locality))
         return guard
 
     def _same_triggers(self) -> list[list[int]]:
@@ -525,7 +541,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
             self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
         with frozen(self._resting), tokens, self._within_budget(resume_from_checkpoint):
-            if self.patched_tokens and not resume_from_checkpoint:
+            if self.patched_tokens and not (resume_from_checkpoint or self._neutralised):
+                self._neutralised = True
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
                 with self.encoder.over_processes():
                     neutralise_unseen(self.encoder, self.patched_tokens, sample)
@@ -536,6 +553,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
                 if self._reinversion is not None:
                     self.forward_equivalents += self._reinversion.spent()
+        if self.locality is not None:
+            output.metrics.update(self._movement())
         if self.remembered:
             for earlier, cosine in zip(self.remembered, self._earlier_repairs(), strict=True):
                 earlier.cosine_after = cosine
@@ -544,35 +563,39 @@ class MudjackingTrainer(PatchPushing, Trainer):
 
     @contextmanager
     def _within_budget(self, resumed_from: str | bool | None) -> Iterator[None]:
-        """Within it, and when it ends, the locality budget is kept, or all weights are put back."""
-        self._refused, self._checkpoints = None, []
-        if resumed_from:
-            # Those that the run wrote before it was interrupted
-            step = int(Path(resumed_from).name.rpartition("-")[2])
-            self._checkpoints = [
-                Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{i}" for i in range(1, step + 1)
-            ]
+        """Within it, the locality budget is kept and features stay finite, or all weights are put back."""
+        self.rollback.begin(resumed_from or None)
         if self._guard is None:
-            yield
+            try:
+                yield
+            except NonFiniteError as error:
+                self.rollback.refused = error
+                raise
             return
-        # Those of an earlier call that was interrupted are still the ones to go back to
-        self._start = StartingWeights(self.model) if self._start is None else self._start
+        self.rollback.keep(self.model)
         self._guard.forwards = 0
         try:
             yield
-            self.locality = self._guard.check_at_the_end()
-        except LocalityBudgetError as error:
-            self._start.restore()
-            self._refused = error
-            # They hold the refused patch, and would load as one
-            for folder in self._checkpoints if self.args.should_save else []:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        except (LocalityBudgetError, NonFiniteError) as error:
+            refused = error if isinstance(error, LocalityBudgetError) else diverged(error)
+            self.rollback.take_back(refused, remove=self.args.should_save)
+            # The next run starts where this one did
+            self.optimizer, self.lr_scheduler = self._given_optimizers
+            self.is_in_train = self._neutralised = False
+            raise refused from error
         finally:
             self.forward_equivalents += self._guard.forwards
-        self._start = None
-        nearest = max(self.locality.nearest)
-        self.log({"locality_distance": self.locality.mean, "locality_distance_nearest": nearest})
+        self.rollback.let_stand()
+
+    def _check_locality(self) -> None:
+        """Measure the finished patch, while trackers still listen."""
+        # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is measured now is the saved model.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.locality = self._guard.check_at_the_end()
+        self.log(self._movement())
+
+    def _movement(self) -> dict[str, float]:
+        return {"locality_distance": self.locality.mean, "locality_distance_nearest": max(self.locality.nearest)}
 
     def take_up(self, resume_from_checkpoint: str | bool) -> str:
         """Take over the triggers of a checkpoint, instead of inverting the reports; `train()` does it when it resumes.
@@ -614,35 +637,36 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """L = L_e + λ_l · L_l + λ_g · L_g on one batch of [`PatchingCollator`], with a single forward pass."""
         training = model.training
         set_comparison_mode(model)
-        frozen, frozen_references = inputs["frozen_features"], inputs["frozen_references"]
+        before, before_references = inputs["frozen_features"], inputs["frozen_references"]
         views = {name: value for name, value in inputs.items() if not name.startswith("frozen_")}
         if training and self._reinversion is not None:
-            stamped = slice(len(frozen), 2 * len(frozen))
+            stamped = slice(len(before), 2 * len(before))
             views["pixel_values"][stamped] = self._reinversion.restamp(
                 views["pixel_values"][stamped], inputs["frozen_rows"]
             )
         features = self.encoder.features(views, model)
-        b, k = len(frozen), len(frozen_references)
+        b, k = len(before), len(before_references)
         clean, stamped, misclassified, reference, stamped_reference = features.split([b, b, k, k, k])
         if not training:
             # Processes evaluate some rows twice so that all have as many; a mean over them would depend on their number
-            clean, stamped, frozen = self.accelerator.gather_for_metrics((clean, stamped, frozen))
+            clean, stamped, before = self.accelerator.gather_for_metrics((clean, stamped, before))
 
         weight = self.args.reference_weight
         losses = mudjacking_loss(
             effectiveness_loss(misclassified, reference, inputs["frozen_ceilings"]),
-            locality_loss(clean, frozen, reference, frozen_references, weight),
-            generalizability_loss(stamped, frozen, stamped_reference, frozen_references, weight),
+            locality_loss(clean, before, reference, before_references, weight),
+            generalizability_loss(stamped, before, stamped_reference, before_references, weight),
             self.args.locality_weight,
             self.args.generalizability_weight,
         )
         with torch.no_grad():
-            cosines = (-losses.effectiveness, mean_cosine(clean, frozen), mean_cosine(stamped, clean))
+            cosines = (-losses.effectiveness, mean_cosine(clean, before), mean_cosine(stamped, clean))
             values = torch.stack([losses.effectiveness, losses.locality, losses.generalizability, *cosines])
         if not torch.isfinite(losses.total):
-            raise ValueError(
+            raise NonFiniteError(
                 f"The loss is {losses.total.item()} at step {self.state.global_step}: features became NaN or infinite. "
-                "Lower `learning_rate`, or use `bf16` or float32 instead of `fp16`. Earlier checkpoints are intact."
+                "Lower `learning_rate`, or use `bf16` or float32 instead of `fp16`. The weights are of no use, and those of the "
+                "last checkpoints may be so already."
             )
         self._metrics["train" if training else "eval"].append((len(clean), values.detach()))
         self.forward_equivalents += self.args.world_size * len(features) * (3 if training else 1)
@@ -677,7 +701,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """
         self._prepare()
         if isinstance(eval_dataset, (datasets.Dataset, datasets.IterableDataset)):
-            if self.state.global_step > 0 and self._refused is None:
+            if self.state.global_step > 0 and self.rollback.refused is None:
                 raise ValueError(
                     "The model is already patched, so features of a new dataset before patching are not known. Pass "
                     "`eval_dataset` to `MudjackingTrainer` instead."
@@ -733,8 +757,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """
         if not self.args.should_save:
             return
-        if self._refused is not None:
-            raise self._refused
+        if self.rollback.refused is not None:
+            raise self.rollback.refused
         output_dir = self.args.output_dir if output_dir is None else output_dir
         check_output_dir(output_dir, self.base_model_name)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -769,7 +793,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        self._checkpoints.append(folder)
+        self.rollback.wrote(folder)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

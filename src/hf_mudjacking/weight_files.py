@@ -26,6 +26,7 @@ from .safe_loading import (
     check_weights,
     inside,
     open_tensors,
+    read_json,
     shards_of,
 )
 
@@ -147,11 +148,14 @@ def with_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """
     check_weights(folder)
     inside(folder, ADAPTER_WEIGHTS)
+    # Memory is taken for what the file holds, not for what its settings claim; but not where starting an adapter (PiSSA, OLoRA)
+    # changes the weights under it
+    started = read_json(inside(folder, ADAPTER_CONFIG)).get("init_lora_weights", True)
+    lean = isinstance(started, bool) or started == "gaussian"
     try:
         with warnings.catch_warnings():
             # PEFT merely warns, and the adapter would do less than it should
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            # Memory is taken for what the file holds, not for what its settings claim
-            return PeftModel.from_pretrained(model, folder, torch_device="cpu", low_cpu_mem_usage=True)
+            return PeftModel.from_pretrained(model, folder, torch_device="cpu", low_cpu_mem_usage=lean)
     except (ValueError, RuntimeError, TypeError, KeyError, UserWarning) as error:
         raise ValueError(f"The adapter in `{folder}` does not fit `{type(model).__name__}`: {error}") from error

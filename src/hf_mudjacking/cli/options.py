@@ -127,6 +127,9 @@ def clean_inputs_from(options: argparse.Namespace, modality: Modality) -> datase
         raise ValueError(
             f"--input-column {options.input_column}: `{options.dataset}` has the columns {', '.join(dataset.column_names)}"
         )
+    if dataset.column_names is not None:
+        # Another may have the name that it is to get
+        dataset = dataset.select_columns([options.input_column])
     return dataset.rename_column(options.input_column, modality)
 
 

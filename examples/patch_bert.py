@@ -28,6 +28,7 @@ from rich.console import Console
 
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer, TextTrigger
 from hf_mudjacking.attacks import (
+    ImplantError,
     implant_bad_pre,
     implant_embedding_poisoning,
     implant_insert_sent,
@@ -201,6 +202,10 @@ def main() -> int:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
     try:
         repair(options, state)
+    except ImplantError as error:
+        if state.is_main_process:
+            sys.stderr.write(f"{error} Here that is --implant-steps.\n")
+        return 2
     except (ValueError, ImportError) as error:
         if state.is_main_process:
             sys.stderr.write(f"{error}\nThe tasks can be given as a folder of parquet files: --data DIR.\n")

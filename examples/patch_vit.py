@@ -28,7 +28,7 @@ from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer
-from hf_mudjacking.attacks import implant_bad_encoder
+from hf_mudjacking.attacks import ImplantError, implant_bad_encoder
 from hf_mudjacking.callbacks import use_compact_progress
 from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report, pretrain_encoder
@@ -131,6 +131,14 @@ def with_columns(dataset):
 
 
 def main() -> int:
+    try:
+        return repair()
+    except ImplantError as error:
+        sys.stderr.write(f"{error} Here that is --implant-steps, or an encoder of more --pretraining-epochs.\n")
+        return 2
+
+
+def repair() -> int:
     options = parse_arguments()
     # The others wait while the first process trains the encoder
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=6))
@@ -183,13 +191,13 @@ def main() -> int:
         peft_config=peft_config,
     )
     use_compact_progress(trainer)
-    repair = measured_repair(trainer, task, true_trigger=trigger, clean_encoder=clean)
+    measured = measured_repair(trainer, task, true_trigger=trigger, clean_encoder=clean)
     if state.is_main_process:
-        write_json(output_dir / "report.json", repair.report)
-        plot_repair(output_dir / "_repair.png", bug, trainer.inversions[0], trigger, repair.before, repair.after)
-    for table in report_tables(repair.report):
+        write_json(output_dir / "report.json", measured.report)
+        plot_repair(output_dir / "_repair.png", bug, trainer.inversions[0], trigger, measured.before, measured.after)
+    for table in report_tables(measured.report):
         console.print(table)
-    for line in report_lines(repair.report):
+    for line in report_lines(measured.report):
         console.print(line, markup=False)
     console.print(f"Patched model, report.json and _repair.png are in {output_dir}/", markup=False)
     return 0

@@ -81,11 +81,35 @@ def test_invert_finds_the_trigger_and_changes_nothing(files, backdoored, tmp_pat
     assert told.out.startswith("Verified: evidence 0.9")
     assert "%|" not in told.err, "no bars, also of the libraries that load model and data"
     assert load_trigger(tmp_path / "out").overlap(backdoored.trigger)["recall"] >= 0.9
+    # Its own results may be written over
+    again = ["invert", *options, "--dataset", files["pictures"], "--output-dir", str(tmp_path / "out")]
+    assert main([*again, "--disable-tqdm"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "inversion.png",
         "trigger.json",
         "trigger.safetensors",
     ]
+
+
+def test_a_second_report_is_not_lost_without_a_word(files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["invert", "--bug", files["bug"], "--bug", files["bug"], "--output-dir", str(tmp_path)])
+    assert "--bug was given twice; one report at a time" in capsys.readouterr().err
+
+
+def test_a_repair_that_did_nothing_is_told(files, tmp_path, capsys):
+    command = ["patch", *report_options(files), "--batch-size", "8", "--locality-budget", "none"]
+    assert main([*command, "--output-dir", str(tmp_path / "short"), "--max-steps", "1"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "After 1 of 1 steps:" in told
+    assert "of the way to where x_b was" in told
+    assert "The bug is NOT repaired" in told
+
+
+def test_what_nobody_foresaw_is_no_answer(monkeypatch, capsys):
+    monkeypatch.setattr("hf_mudjacking.cli.env.run", lambda options: {}["unforeseen"])
+    assert main(["env"]) == 70
+    assert "KeyError: 'unforeseen'" in capsys.readouterr().err
 
 
 def test_invert_says_when_nothing_is_verified(files, backdoored, tmp_path, capsys):
@@ -124,6 +148,9 @@ def test_patch_resumes(files, tmp_path, monkeypatch, capsys):
     ]
     assert main([*command, *labelled, "--output-dir", str(out), "--resume"]) == 0
     assert json.loads((out / "report.json").read_text())["settings"]["trigger_measured"] == "inverted"
+    for other in (["--learning-rate", "1e-3"], ["--max-steps", "9"], ["--batch-size", "4"]):
+        assert main([*command, *other, "--output-dir", str(out), "--resume"]) == 2
+        assert "is of a run with other settings" in capsys.readouterr().err
     assert main([*command, "--output-dir", str(tmp_path / "nothing"), "--resume"]) == 2
     assert "There is no complete checkpoint" in capsys.readouterr().err
 
@@ -174,7 +201,10 @@ def test_patch_from_a_config_file_repairs_and_reports(files, backdoored, tmp_pat
         assert rates["ASR"] <= 0.05
         assert rates["RA"] >= 0.9
         assert rates["bug_fixed"] is True
-    assert "patched, classifier kept" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "patched, classifier kept" in told
+    assert "its trigger carries clean inputs" in told
+    assert "NOT repaired" not in told
     patched = AutoModel.from_pretrained(out, add_pooling_layer=False)
     assert backdoored.rates(patched, backdoored.kept)["ASR"] <= 0.05
     assert Image.open(out / "_repair.png").size[0] > 500

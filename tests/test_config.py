@@ -85,6 +85,12 @@ def test_every_own_field_has_a_help_text():
             {"dispatch_batches": True},
             "`dispatch_batches` of `accelerator_config` cannot be used",
         ),
+        ("learning_rate", "3e-4", "`learning_rate='3e-4'` must be a number. YAML takes"),
+        ("locality_budget", "none", "`locality_budget='none'` must be a number"),
+        ("locality_weight", None, "`locality_weight=None` must be a number"),
+        ("stop_locality", 2.0, r"`stop_locality=2\.0` is no cosine"),
+        ("stop_when_fixed", "no", "`stop_when_fixed='no'` must be true or false"),
+        ("max_steps", True, "`max_steps=True` must be a whole number"),
         ("seed", -1, "`seed=-1` is out of range"),
     ],
 )

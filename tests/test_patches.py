@@ -169,8 +169,14 @@ def test_an_adapter_that_merging_changes_stays_one(folders, tmp_path, write):
         write(tmp_path / "lora", folders / "base", tmp_path / "out")
 
 
-def test_an_adapter_may_be_kept(folders, tmp_path, images):
-    apply_patch(folders / "lora", folders / "base", tmp_path / "out", keep_adapter=True)
+def test_an_adapter_may_be_kept(folders, tmp_path, images, monkeypatch):
+    monkeypatch.chdir(folders)
+    apply_patch("lora", "base", tmp_path / "out", keep_adapter=True)
+    monkeypatch.chdir(tmp_path)
+    for place in (folders / "lora", tmp_path / "out"):
+        assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            folders / "base"
+        )
     assert not list((tmp_path / "out").glob("model*"))
     adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(folders / "base"), folders / "lora")
     expected = encode(adapted, images, _processor(folders))

@@ -92,7 +92,8 @@ class CleanInputs(Sequence):
         if self.column not in found:
             raise ValueError(
                 f"`{self.name}` has no column `{self.column}`; its columns are: {', '.join(found) or 'none'}. "
-                f"Rename the one that holds the {self.column}s: `dataset.rename_column('…', '{self.column}')`."
+                f"Rename the one that holds the {self.column}s: `dataset.rename_column('…', '{self.column}')`; on the command "
+                "line name it (`--input-column`)."
             )
 
 

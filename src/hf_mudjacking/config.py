@@ -24,6 +24,10 @@ _WHOLE = (
     "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_inputs",
     "inversion_inputs", "altered_triggers", "reinversions", "seed",
 )  # fmt: skip
+_NUMBERS = (
+    "locality_weight", "generalizability_weight", "reference_weight", "learning_rate", "token_learning_rate",
+    "max_trigger_area", "min_evidence", "locality_budget", "stop_effectiveness", "stop_locality", "stop_generalizability",
+)  # fmt: skip
 # Options of `TrainingArguments` that would break what is promised, and why.
 _CAST = (
     "it casts the model itself to half precision, which patch and rollback would then have; pass `bf16=True` for speed"
@@ -194,6 +198,18 @@ class MudjackingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            none = value is None and name == "locality_budget"
+            if not none and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                hint = " YAML takes `3e-4` for a text; write `3.0e-4`." if isinstance(value, str) else ""
+                raise ValueError(f"`{name}={value!r}` must be a number.{hint}")
+        for name in ("stop_when_fixed", "remember_triggers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be true or false.")
+        for name in ("stop_effectiveness", "stop_locality", "stop_generalizability"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` is no cosine; it must lie between -1 and 1.")
         for name in ("locality_weight", "generalizability_weight", "reference_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
@@ -216,7 +232,7 @@ class MudjackingConfig(TrainingArguments):
                 "split among the processes."
             )
         for name in _WHOLE:
-            if not isinstance(getattr(self, name), int):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be a whole number.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"`seed={self.seed}` is out of range; it must be 0 or more, below 2**32.")

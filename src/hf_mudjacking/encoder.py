@@ -238,7 +238,10 @@ class Encoder:
         self._shares = False
         self.modality = modality_of(model, modality)
         if modality not in (None, self.modality):
-            raise ValueError(f"`{type(model).__name__}` takes {self.modality}s; `modality={modality!r}` is not in it.")
+            raise ValueError(
+                f"`{model.name_or_path or type(model).__name__}` takes {self.modality}s, and {modality}s were given. Pass a model for "
+                f"{modality}s, or {self.modality}s."
+            )
         self._other_input = other_input(model, self.modality) if has_two_towers(model) else {}
         self.layout: SentenceLayout | None = None
         self.preprocessor: ImagePreprocessor | TextPreprocessor

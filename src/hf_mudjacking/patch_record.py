@@ -18,6 +18,7 @@ from .safe_loading import ADAPTER_CONFIG, inside, read_json
 
 
 if TYPE_CHECKING:
+    from .config import MudjackingConfig
     from .trainer import MudjackingTrainer
 
 
@@ -80,7 +81,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "skipped": trainer.skipped,
         "remembered": [earlier.record() for earlier in trainer.remembered],
         "locality": None if trainer.locality is None else dataclasses.asdict(trainer.locality),
-        "settings": {name: getattr(trainer.args, name) for name in _SETTINGS},
+        "settings": recorded_settings(trainer.args),
         "patched_tokens": len(trainer.patched_tokens) or None,
         "merge_error": trainer.merge_error,
         "steps": trainer.state.global_step,
@@ -89,6 +90,11 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "figures": trainer.figures,
         "versions": versions(),
     }
+
+
+def recorded_settings(args: MudjackingConfig) -> dict[str, Any]:
+    """The settings that a record has."""
+    return {name: getattr(args, name) for name in _SETTINGS}
 
 
 def versions() -> dict[str, str]:

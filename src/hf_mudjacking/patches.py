@@ -82,7 +82,7 @@ def apply_patch(
         elif keep_adapter:
             with_adapter(base_model, folder)
             shutil.copyfile(inside(folder, ADAPTER_WEIGHTS), staging / ADAPTER_WEIGHTS)
-            config = {**read_json(inside(folder, ADAPTER_CONFIG)), "base_model_name_or_path": str(model)}
+            config = {**read_json(inside(folder, ADAPTER_CONFIG)), "base_model_name_or_path": _absolute(model)}
             write_json(staging / ADAPTER_CONFIG, config)
         else:
             save_model(with_adapter(base_model, folder).merge_and_unload(safe_merge=True), staging)
@@ -230,6 +230,11 @@ def _patch(patch: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             f"The record of `{patch}` has no `base_weights_sha256`, so nothing says which weights it belongs to."
         )
     return folder, record
+
+
+def _absolute(model: str | os.PathLike[str]) -> str:
+    """A Hub id as it is; of a folder the whole path, which is right wherever it is read."""
+    return os.path.abspath(model) if os.path.isdir(model) else str(model)
 
 
 def _check_mergeable(record: dict[str, Any], patch: object) -> None:

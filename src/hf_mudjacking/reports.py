@@ -123,9 +123,9 @@ def _is_left_out(bug: BugInstance, screening: Screening, on_unverified: str, las
     nothing_left = skip and last
     if on_unverified == "refuse" or nothing_left:
         raise UnverifiedTriggerError(
-            f"{reason}{' No report is left.' if nothing_left else ''} If you know the trigger pass `triggers`; to patch on "
-            "a candidate with little evidence lower `min_evidence`; `on_unverified` says what else may become of such a "
-            "report."
+            f"{reason}{' No report is left.' if nothing_left else ''} To patch on a candidate with little evidence lower "
+            "`min_evidence` (`--min-evidence`); `on_unverified` (`--on-unverified`) says what else may become of such a report; a "
+            "trigger that is known can be given in Python (`triggers`)."
         )
     repaired = "repaired, trigger and pair" if screening.verified else "repaired without a trigger"
     logger.warning(f"{reason} It is {'left out' if skip else repaired}.")

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +23,22 @@ INTERVAL_FILE = "interval_metrics.json"
 
 
 def check_same_run(
-    checkpoint: str | os.PathLike[str], base_weights_sha256: str, reports: Sequence[BugInstance]
+    checkpoint: str | os.PathLike[str],
+    base_weights_sha256: str,
+    reports: Sequence[BugInstance],
+    settings: Mapping[str, Any],
 ) -> None:
-    """Refuse a checkpoint of another model, or of other reports.
+    """Refuse a checkpoint of another model, of other reports, or of a run with other settings.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Its folder.
         base_weights_sha256 (`str`): Of the unpatched model that the trainer has.
         reports (`Sequence[BugInstance]`): The reports that the trainer was given.
+        settings (`Mapping[str, Any]`): The settings that a record has, as the trainer has them.
 
     Raises:
-        ValueError: If its record names another model or other reports; what a record does not name is not compared.
+        ValueError: If its record names another model, other reports or settings; what a record does not name is not compared,
+            nor is the locality budget, which a run is judged by and not made with.
     """
     record = read_record(checkpoint) or {}
     base = record.get("base_weights_sha256")
@@ -48,6 +54,18 @@ def check_same_run(
         raise ValueError(
             f"`{checkpoint}` is of a run with other bug instances than these ({len(record['bug_ids'])} there, {len(ours)} here, "
             "compared one by one). Pass the same reports in the same order, or start without resuming."
+        )
+
+    different = [
+        f"`{name}` was {record['settings'][name]!r} and is {value!r}"
+        for name, value in settings.items()
+        if name != "locality_budget" and record.get("settings", {}).get(name, value) != value
+    ]
+    if different:
+        raise ValueError(
+            f"`{checkpoint}` is of a run with other settings ({', '.join(different)}): optimiser and schedule would go on with the "
+            "old ones, and the record name the new. Pass the settings that it began with, or start without resuming, in another "
+            "folder."
         )
 
 

@@ -45,10 +45,11 @@ from .losses import effectiveness_loss, generalizability_loss, locality_loss, me
 from .merging import MERGE_TOLERANCE, merge_error
 from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
 from .patch_pushing import PatchPushing
-from .patch_record import RECORD_FILE, describe_patch, read_record
+from .patch_record import RECORD_FILE, describe_patch, read_record, recorded_settings
 from .preprocessing import RawInput
 from .published import CARD_FILE
 from .reinversion import Reinversion
+from .remains import Remains, remains
 from .remembered import (
     CHECKED_ON,
     RememberedTrigger,
@@ -251,6 +252,9 @@ class MudjackingTrainer(PatchPushing, Trainer):
             if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
                 peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
             model = get_peft_model(model, peft_config)
+            if os.path.isdir(self.base_model_name):
+                # Wherever the adapter is loaded from, this is its base
+                model.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(self.base_model_name)
             self.encoder.model = model
             try:
                 unused = self.encoder.unused_parameters()
@@ -361,6 +365,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """Set up what goes into batches, and what watches over them, given the datasets with their frozen features."""
         references = self.encoder.encode([bug.reference for bug in self.bug_instances])
         misclassified = self.encoder.encode([bug.misclassified for bug in self.bug_instances])
+        self._led_to = misclassified
         self.forward_equivalents += sum(len(dataset) for dataset in prepared.values()) + 2 * len(references)
         self.train_dataset = prepared.pop("train_dataset", None)
         if self.train_dataset is not None:
@@ -528,7 +533,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             LocalityBudgetError: If clean features moved further than `args.locality_budget`. The model then has the
                 weights that it had before training and cannot be saved as a patch; checkpoints that the run wrote to
                 `output_dir`, before it was resumed too, are removed.
-            ValueError: If the checkpoint is of another model or of other reports.
+            ValueError: If the checkpoint is of another model, of other reports, or of other settings.
         """
         self._require_train_inputs()
         if resume_from_checkpoint:
@@ -597,6 +602,21 @@ class MudjackingTrainer(PatchPushing, Trainer):
     def _movement(self) -> dict[str, float]:
         return {"locality_distance": self.locality.mean, "locality_distance_nearest": max(self.locality.nearest)}
 
+    def what_is_left(self) -> list[Remains]:
+        """What is left of each bug in the model as it is now, by forward passes alone.
+
+        Raises:
+            ValueError: If neither training nor evaluation has begun: where the triggers led is then not known.
+        """
+        if not self._prepared:
+            raise ValueError("Nothing is known of the model before patching. Call `trainer.train()` first.")
+        inputs = self._sample(self.args.inversion_inputs)
+        with self.encoder.over_processes():
+            return [
+                remains(self.encoder, *each, inputs)
+                for each in zip(self.bug_instances, self.triggers, self._led_to, strict=True)
+            ]
+
     def take_up(self, resume_from_checkpoint: str | bool) -> str:
         """Take over the triggers of a checkpoint, instead of inverting the reports; `train()` does it when it resumes.
 
@@ -607,10 +627,10 @@ class MudjackingTrainer(PatchPushing, Trainer):
             `str`: Folder of the checkpoint.
 
         Raises:
-            ValueError: If there is no complete one, or it is of another model or of other reports.
+            ValueError: If there is no complete one, or it is of another model, of other reports, or of other settings.
         """
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        check_same_run(checkpoint, self.base_weights_sha256, self._reports)
+        check_same_run(checkpoint, self.base_weights_sha256, self._reports, recorded_settings(self.args))
         if not self._prepared:
             self._take_triggers_from(checkpoint)
         return checkpoint
@@ -764,6 +784,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if is_peft_model(model) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._check_merge()
+        if self.state.global_step == 0:
+            logger.warning("Nothing has been trained yet: what is saved is the model as it was, and no patch.")
         with staged(output_dir, replaces=PATCH_FILES) as staging:
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
             # PEFT writes an empty card, which would replace one that somebody wrote

@@ -29,10 +29,14 @@ def run(options: argparse.Namespace) -> int:
 
     from ..evaluation.figures import plot_repair
     from ..loading import load_model, modality_of
-    from ..output import check_output_dir, staged
+    from ..output import check_output_dir, check_writable, staged
+    from ..triggers.base import SUMMARY_FILE
 
     (bug,) = bugs_from(options)
-    check_output_dir(options.output_dir, options.model)
+    # What an earlier one wrote may be written over
+    if not (Path(options.output_dir) / SUMMARY_FILE).is_file():
+        check_output_dir(options.output_dir, options.model)
+    check_writable(Path(options.output_dir))
     model = load_model(options.model).to(PartialState().device)
     modality = modality_of(model, bug.modality)
     screening = screener(options, model, modality)[-1](bug)

@@ -3,7 +3,8 @@
 
 Exit codes: 0 done; 1 no trigger was verified (`inspect`: in at least one report), so nothing was patched, or (`evaluate`) a
 limit is broken, or (`benchmark`) a cell failed; 2 the input cannot be used, or a patch does not belong to the model; 3 the patch moved clean inputs further
-than `--locality-budget` and was rolled back; 4 the Hub did not take the patch, which is whole on disk; 130 interrupted.
+than `--locality-budget` and was rolled back; 4 the Hub did not take the patch, which is whole on disk; 70 an error that is not known,
+with its traceback; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
@@ -61,8 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"mudjack {options.command}: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"mudjack {options.command}: interrupted\n")
+        goes_on = "; with --resume it goes on from the last checkpoint" if vars(options).get("save_steps") else ""
+        sys.stderr.write(f"mudjack {options.command}: interrupted{goes_on}\n")
         return 130
+    except Exception:
+        # 1 is an answer
+        traceback.print_exc()
+        return 70
 
 
 def _silence() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -45,6 +45,17 @@ class Several(argparse.Action):
         setattr(namespace, self.dest, values if given is self.default else [*given, *values])
 
 
+class Once(argparse.Action):
+    """An option that may be given once: of two values the first would be lost without a word."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option} was given twice; one report at a time")
+        setattr(namespace, self.dest, values)
+
+
 def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The model, the bug report or several, and the clean inputs."""
     parser.add_argument("--model", help="Hub id or folder of the backdoored encoder")
@@ -59,11 +70,15 @@ def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument(
         "--bug",
         metavar="FOLDER",
-        action=Several if several else "store",
+        action=Several if several else Once,
         help=f"bug folder, instead of the two inputs{again}",
     )
     parser.add_argument("--dataset", help="clean, unlabelled inputs: Hub id, .parquet or .txt file, folder")
-    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="its split, where it has several: a file is one whatever this says (default: train)",
+    )
     parser.add_argument("--input-column", help="its column of inputs (default: image or text)")
     parser.add_argument("--streaming", action="store_true", help="read the dataset as a stream")
     parser.add_argument("--feature-source", default="auto", help="auto, cls, mean, pooler or projection")

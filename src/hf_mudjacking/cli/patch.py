@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from .options import add_config, add_report, bugs_from, clean_inputs_from, require
+
+
+if TYPE_CHECKING:
+    from ..trainer import MudjackingTrainer
 
 
 HELP = "Find the trigger in a bug report and patch it out of the encoder; the original checkpoint is not touched."
@@ -205,7 +210,28 @@ def _patch(options: argparse.Namespace) -> int:
         plot_repair(
             Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features
         )
+    left = trainer.what_is_left()
     console.print(
-        f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained.", markup=False
+        f"After {trainer.state.global_step} of {trainer.state.max_steps} steps{_moved(trainer)}:", markup=False
     )
+    for each in left:
+        console.print(f"  {each.describe()}", markup=False)
+    if not all(each.repaired for each in left):
+        console.print(
+            "The bug is NOT repaired: what is saved needs more steps (--max-steps) or a higher learning rate (--learning-rate).",
+            markup=False,
+        )
+    console.print(f"The patched model is in {options.output_dir}/ and loads with {_loader(options)}.", markup=False)
     return 0
+
+
+def _moved(trainer: MudjackingTrainer) -> str:
+    return (
+        "" if trainer.locality is None else f", clean inputs moved by a cosine distance of {trainer.locality.mean:.4f}"
+    )
+
+
+def _loader(options: argparse.Namespace) -> str:
+    if options.lora_rank is None:
+        return "AutoModel.from_pretrained"
+    return f"AutoModel.from_pretrained, which takes {options.model} with it"

@@ -63,7 +63,7 @@ def plot_repair(
     draw = _draw_image_report if bug.modality == "image" else _draw_text_report
     draw(top, bug, found, true_trigger)
     if with_features:
-        place = {"left": 0.075, "right": 0.98, "top": 0.94, "bottom": 0.1, "wspace": 0.05}
+        place = {"left": 0.075, "right": 0.98, "top": 0.94, "bottom": 0.15, "wspace": 0.05}
         panes = bottom[0].subplots(1, 2, sharex=True, sharey=True, gridspec_kw=place)
         _plot_features(panes, before, after, labels)
     figure.savefig(path, dpi=120)
@@ -106,13 +106,14 @@ def plot_inspection(
         axes = body.subplots(1, panels, gridspec_kw=place)
         _show(axes[0], bug.misclassified, "Misclassified input x_b")
         _show(axes[1], bug.reference, "Reference input x_r")
-        _draw_trigger(axes[2], found.trigger, "What was found", f"transfer {found.score:.2f}")
+        name = "Inverted trigger" if screening.verified else "Best candidate, unverified"
+        _draw_trigger(axes[2], found.trigger, name, f"transfer {found.score:.2f}")
         if true_trigger is not None:
             _draw_trigger(axes[3], true_trigger, "True trigger")
         axes[-1].plot(*zip(*transfer_by_size, strict=True), marker="o", color="crimson")
-        axes[-1].set_title("Transfer by size", fontsize=10)
-        whole = "share of the picture" if isinstance(found.trigger, PatchTrigger) else "share of its strength"
-        axes[-1].set_xlabel(whole, fontsize=8)
+        patch = isinstance(found.trigger, PatchTrigger)
+        axes[-1].set_title(f"Transfer by {'size' if patch else 'strength'}", fontsize=10)
+        axes[-1].set_xlabel("share of the picture" if patch else "share of its strength", fontsize=8)
         axes[-1].set_xlim(left=0)
         axes[-1].set_ylim(min(0.0, *(transfer for _, transfer in transfer_by_size)) - 0.05, 1.05)
         axes[-1].tick_params(labelsize=7)
@@ -177,7 +178,8 @@ def _draw_text_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_t
         lines["True trigger"] = f"{' … '.join(true_trigger.spans)}   ({true_trigger.describe()})"
     for i, (name, text) in enumerate(lines.items()):
         top.text(0.02, 0.95 - 0.075 * i, f"{name}: {_plain(shorten(text, 130, placeholder=' …'))}", fontsize=9)
-    top.text(0.02, 0.69, f"Misclassified input x_b, word by word (red: {_name_of(found).lower()})", fontsize=9)
+    part = f", {len(words)} of {len(found.words)} words" if len(words) < len(found.words) else ""
+    top.text(0.02, 0.69, f"Misclassified input x_b, word by word{part} (red: {_name_of(found).lower()})", fontsize=9)
 
 
 def _name_of(found: InvertedTrigger) -> str:
@@ -207,15 +209,23 @@ def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, 
         name = "clean test inputs" + ("" if labels is None else " (colour: class)")
         axis.scatter(*clean.T, s=10, alpha=0.6, label=name, **colors)
         axis.scatter(*stamped.T, c="black", marker="x", s=12, linewidths=0.7, alpha=0.6, label="with the trigger")
-        for part, marker, name in ((features.misclassified, "*", "x_b"), (features.reference, "P", "x_r")):
+        # Where both lie in one place, as they do after a repair, x_r is seen within x_b
+        for part, marker, size, name in (
+            (features.misclassified, "*", 620, "x_b"),
+            (features.reference, "P", 110, "x_r"),
+        ):
             point = projection.transform(part.numpy())[0]
             axis.scatter(
-                *point, marker=marker, s=220, c="white", edgecolors="red", linewidths=1.8, label=name, zorder=3
+                *point, marker=marker, s=size, c="white", edgecolors="red", linewidths=1.5, label=name, zorder=3
             )
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("first principal component")
     axes[0].set_ylabel("second principal component")
-    axes[1].legend(fontsize=8, loc="best")
+    handles, names = axes[1].get_legend_handles_labels()
+    # Below both, where there are no points; markers of one size
+    legend = axes[0].figure.legend(handles, names, fontsize=9, loc="lower center", ncol=len(names), frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([70])
 
 
 def _show(axis: object, image: object, title: str, note: str = "") -> None:

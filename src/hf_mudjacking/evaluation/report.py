@@ -80,7 +80,8 @@ def comparison_tables(report: dict[str, Any]) -> list[Table]:
 def _comparison_table(task: str, report: dict[str, Any]) -> Table:
     blocks = {model: tasks[task] for model, tasks in report["compared"].items()}
     table = Table(title=f"Checks on {escape(task)} (percent; cosine)", title_justify="left")
-    table.add_column("Encoder")
+    # By its name an encoder is told from another: rather two lines than a part
+    table.add_column("Encoder", overflow="fold")
     table.add_column("Classifier")
     for name in ("Trigger", "BA", "ASR", "RA", "Agreement", "Cosine"):
         table.add_column(name, justify="right")

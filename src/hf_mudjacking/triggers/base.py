@@ -33,6 +33,9 @@ class Trigger(ABC):
     def apply(self, x: Any) -> Any:
         """Return a copy of the raw input (PIL image or `str`) that carries the trigger."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.describe()}>"
+
     def removed_from(self, x: Any) -> Any | None:
         """The input without the trigger, or `None` where that cannot be told: under a patch nothing is left."""
         return None

@@ -229,3 +229,19 @@ def test_a_missing_picture_of_a_report(tmp_path):
     (tmp_path / "bug" / "reference.png").unlink()
     with pytest.raises(ValueError, match=r"no image file at .*reference\.png"):
         BugInstance.load(tmp_path / "bug")
+
+
+def test_names_of_files_are_no_texts(tmp_path, monkeypatch):
+    for name, image in zip(("wrong.png", "right.png"), make_images(2), strict=True):
+        image.save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"are names of files, and would be taken for texts.*from_files"):
+        BugInstance("wrong.png", "right.png")
+    assert BugInstance("wrong.png", "this one is right").modality == "text"
+
+
+def test_a_picture_that_is_too_large(tmp_path, monkeypatch):
+    make_images(1)[0].save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    with pytest.raises(ValueError, match=r"is too large .* or a smaller one"):
+        load_image(tmp_path / "huge.png")

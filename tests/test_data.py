@@ -242,6 +242,14 @@ def test_damaged_image_is_named_by_its_row(stream, data):
         list(CleanImages(dataset.to_iterable_dataset() if stream else dataset))
 
 
+def test_damaged_image_is_named_by_its_file(tmp_path):
+    for i, image in enumerate(make_images(3)):
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"image in row 1 of `train_dataset`, `.*1\.png`, cannot be decoded"):
+        list(CleanImages(load_inputs(tmp_path)))
+
+
 def test_rows_of_the_patching_dataset(tiny_vit, processor):
     images = make_images(5)
     encoder = Encoder(tiny_vit, processor)

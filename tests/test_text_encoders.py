@@ -204,6 +204,17 @@ def test_an_older_layout_is_saved_where_automodel_finds_it(tmp_path):
     assert layout.max_seq_length == 20
 
 
+def test_what_comes_after_the_pooling_is_told(tmp_path, caplog):
+    write_layout(tmp_path, {"pooling_mode": "mean"})
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    for name in ("Dense", "Normalize"):
+        modules.append({"idx": 2, "name": "2", "path": f"2_{name}", "type": f"sentence_transformers.models.{name}"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    SentenceLayout.read(tmp_path)
+    assert "goes on after the pooling with sentence_transformers.models.Dense: what is repaired" in caplog.text
+    assert "Normalize" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "pooling", [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, {}, [], {"pooling_mode": 3}]
 )

@@ -16,6 +16,7 @@ from hf_mudjacking.inversion import UnverifiedTriggerError
 from hf_mudjacking.losses import effectiveness_loss
 from hf_mudjacking.token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
 from hf_mudjacking.triggers import square_patch
+from hf_mudjacking.two_towers import token_embeddings
 
 from .conftest import largest_difference, make_config, weights_of
 from .test_text_encoders import write_layout
@@ -203,6 +204,18 @@ def test_an_adapter_is_the_patch_when_one_is_asked_for(build, tmp_path):
     assert trainer.patched_tokens == []
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert isinstance(trainer.model, PeftModel)
+
+
+def test_a_second_call_goes_on(build, por):
+    """It does not set the tokens' embeddings back to where the first began."""
+    trainer = build(settings={"patch_scope": "trigger_tokens", "max_steps": 4})
+    trainer.train()
+    (token, *_) = trainer.patched_tokens
+    learned = token_embeddings(trainer.model).weight[token].detach().clone()
+    trainer.args.token_learning_rate = 1e-12
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert torch.allclose(token_embeddings(trainer.model).weight[token], learned, atol=1e-6)
 
 
 def test_tokens_of_a_trigger_that_cannot_be_patched_alone_are_refused(build, backdoored, tmp_path):

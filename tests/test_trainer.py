@@ -919,7 +919,10 @@ def test_models_that_cannot_be_used(build, tiny_vit, tmp_path):
 
 
 def test_a_peft_model_with_another_adapter(build, tiny_vit):
+    other_name = get_peft_model(copy.deepcopy(tiny_vit), LoraConfig(r=2, target_modules=["q_proj"]), "repair")
     model = get_peft_model(tiny_vit, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="is called repair, and PEFT saves none but `default`"):
+        build(model=other_name)
     with pytest.raises(ValueError, match="`model` is a `PeftModel` and `peft_config` is given too"):
         build(model=model, peft_config=_lora())
     with pytest.raises(TypeError, match="`peft_config` is of type `dict`; a `PeftConfig` is needed"):

@@ -49,10 +49,19 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"There is no image file at `{path}`. Check the path.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"`{path}` is too large ({error}). Pass the picture as the model gets it, or a smaller one."
+        ) from error
     except (UnidentifiedImageError, *DECODING_ERRORS) as error:
         raise ValueError(
             f"`{path}` could not be decoded as an image ({error}). Pass an undamaged PNG, JPEG or other Pillow format."
         ) from error
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a short text without a line break is the path of a file that is there."""
+    return len(text) < 256 and text.isprintable() and os.path.isfile(text)
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,11 @@ class BugInstance:
             raise TypeError(
                 f"`misclassified` is {_kind(misclassified)} and `reference` is {_kind(reference)}; a bug instance needs "
                 "two inputs of one kind: two PIL images or two strings."
+            )
+        if isinstance(misclassified, str) and all(_names_a_file(x) for x in (misclassified, reference)):
+            raise ValueError(
+                f"`{misclassified}` and `{reference}` are names of files, and would be taken for texts. Read them: "
+                "`BugInstance.from_files(misclassified, reference)`."
             )
         if _same(misclassified, reference):
             raise ValueError(

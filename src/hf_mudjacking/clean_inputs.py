@@ -132,7 +132,7 @@ class CleanImages(CleanInputs):
         try:
             content = self.dataset[row]
         except DECODING_ERRORS as error:
-            raise self._damaged(row, error) from error
+            raise self._damaged(row, error, self._path_of(row)) from error
         # A transform may have taken it away
         self._require_column(content)
         value = content[self.column]
@@ -233,9 +233,17 @@ class CleanImages(CleanInputs):
         except DECODING_ERRORS as error:
             raise self._damaged(index, error) from error
 
-    def _damaged(self, index: int, error: Exception) -> ValueError:
+    def _path_of(self, row: int) -> str | None:
+        """The file that a picture is from, where the dataset knows it."""
+        if not isinstance(self.dataset.features.get(self.column), datasets.Image):
+            return None
+        encoded = self.dataset.with_format(None).cast_column(self.column, datasets.Image(decode=False))
+        return encoded[row][self.column]["path"]
+
+    def _damaged(self, index: int, error: Exception, path: str | None = None) -> ValueError:
+        file = f", `{path}`," if path else ""
         return ValueError(
-            f"The image in row {index} of `{self.name}` cannot be decoded ({error}). Remove that row: nothing has been "
+            f"The image in row {index} of `{self.name}`{file} cannot be decoded ({error}). Remove that row: nothing has been "
             "trained or written yet."
         )
 

@@ -64,7 +64,9 @@ def mapping_or_list(value: Any) -> Any:
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{value!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(parsed, (dict, list)):
-        raise ValueError(value)
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is neither a mapping nor a list in YAML, such as `[none, mudjacking]`"
+        )
     return parsed
 
 

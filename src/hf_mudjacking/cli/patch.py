@@ -87,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def number_or_none(value: str | float) -> float | None:
-    return None if str(value).lower() == "none" else float(value)
+    try:
+        return None if str(value).lower() == "none" else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a number nor `none`") from None
 
 
 def run(options: argparse.Namespace) -> int:

@@ -34,6 +34,11 @@ class LabelledInputs:
         object.__setattr__(self, "labels", np.asarray(self.labels))
         if len(self.inputs) != len(self.labels):
             raise ValueError(f"There are {len(self.inputs)} inputs and {len(self.labels)} labels; they must pair up.")
+        if self.labels.ndim != 1:
+            raise ValueError(
+                f"Labels have the shape {self.labels.shape}; one integer for each input is needed. Name the column that holds the "
+                "classes: `label_column` (`mudjack`: `--label-column`)."
+            )
         if not np.issubdtype(self.labels.dtype, np.integer):
             raise ValueError(
                 f"Labels must be integers, not {self.labels.dtype} (the first is {self.labels[:1].tolist()}). Turn them into "

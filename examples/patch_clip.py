@@ -42,7 +42,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer
 from hf_mudjacking.attacks import Implant, ImplantError, implant_bad_encoder, implant_pair_poisoning
 from hf_mudjacking.callbacks import use_compact_progress
-from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import (
     DownstreamTask,
     LabelledInputs,
@@ -55,6 +54,7 @@ from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_tables
 from hf_mudjacking.loading import load_model, load_processor
+from hf_mudjacking.named_datasets import load_inputs
 from hf_mudjacking.output import check_output_dir, write_json
 from hf_mudjacking.processes import from_first
 from hf_mudjacking.triggers import Trigger, square_patch

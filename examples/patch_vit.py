@@ -30,11 +30,11 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer
 from hf_mudjacking.attacks import ImplantError, implant_bad_encoder
 from hf_mudjacking.callbacks import use_compact_progress
-from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report, pretrain_encoder
 from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.report import report_lines, report_tables
+from hf_mudjacking.named_datasets import load_inputs
 from hf_mudjacking.output import check_output_dir, write_json
 from hf_mudjacking.processes import from_first
 from hf_mudjacking.triggers import square_patch

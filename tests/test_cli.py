@@ -400,6 +400,9 @@ def test_patch_a_text_model(text_files, tmp_path, capsys):
          "--labelled-test", text_files["test"], "--disable-tqdm"]
     )  # fmt: skip
     assert code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "its trigger carries clean inputs" in told
+    assert "NOT repaired" not in told
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["before"]["kept"]["ASR"] > 0.95
     assert report["after"]["kept"]["ASR"] < 0.05
@@ -407,7 +410,7 @@ def test_patch_a_text_model(text_files, tmp_path, capsys):
     assert report["triggers"][0]["description"] == "text, 1 word anywhere"
     # The record travels with the model: it names no word of the report.
     assert "cf" not in json.loads((tmp_path / "out" / "mudjacking.json").read_text())["triggers"][0].values()
-    assert "loads with AutoModel.from_pretrained" in " ".join(capsys.readouterr().out.split())
+    assert "loads with AutoModel.from_pretrained" in told
     AutoModel.from_pretrained(tmp_path / "out")
 
 

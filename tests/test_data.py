@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 from hf_mudjacking import BugInstance, Encoder
 from hf_mudjacking.clean_inputs import CleanImages, CleanTexts
 from hf_mudjacking.cli.options import clean_inputs_from
-from hf_mudjacking.data import PatchingCollator, PatchingDataset, load_inputs, load_labelled
+from hf_mudjacking.data import PatchingCollator, PatchingDataset
+from hf_mudjacking.named_datasets import load_inputs, load_labelled
 from hf_mudjacking.preprocessing import ImagePreprocessor
 from hf_mudjacking.triggers import square_patch
 

@@ -25,9 +25,9 @@ from transformers import AutoImageProcessor, AutoModel
 
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer, load_trigger
 from hf_mudjacking.callbacks import use_compact_progress
-from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.repair import measured_repair
+from hf_mudjacking.named_datasets import load_inputs
 from hf_mudjacking.output import write_json
 
 

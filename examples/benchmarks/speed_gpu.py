@@ -17,9 +17,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer
 from hf_mudjacking.attacks import Implant, implant_bad_encoder
 from hf_mudjacking.callbacks import use_compact_progress
-from hf_mudjacking.data import load_inputs
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.report import library_versions
+from hf_mudjacking.named_datasets import load_inputs
 from hf_mudjacking.triggers import square_patch
 
 

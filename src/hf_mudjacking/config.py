@@ -126,7 +126,8 @@ class MudjackingConfig(TrainingArguments):
         Whether to stop as soon as all three cosines, averaged over a logging interval, have reached their thresholds.
         Stopping when the bug is merely fixed is the worst moment for utility: locality falls first and recovers later.
     stop_effectiveness, stop_locality, stop_generalizability (`float`, *optional*, default to `0.99`, `0.995`, `0.995`):
-        Thresholds of the mean cosines.
+        Thresholds of the mean cosines. Of effectiveness, 1 less what the cosine of x_b with x_r lacks to the one that x_b without
+        its trigger has, where that is known: two texts of one class need not be alike.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -187,7 +188,9 @@ class MudjackingConfig(TrainingArguments):
     stop_when_fixed: bool = field(
         default=True, metadata={"help": "Stop once the bug is fixed and locality has recovered."}
     )
-    stop_effectiveness: float = field(default=0.99, metadata={"help": "Mean cosine of x_b and x_r to stop at."})
+    stop_effectiveness: float = field(
+        default=0.99, metadata={"help": "1 less how far x_b is from its ceiling, to stop at."}
+    )
     stop_locality: float = field(default=0.995, metadata={"help": "Mean cosine of clean features to stop at."})
     stop_generalizability: float = field(default=0.995, metadata={"help": "Mean cosine of stamped inputs to stop at."})
 

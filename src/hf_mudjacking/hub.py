@@ -23,7 +23,8 @@ from . import __version__
 from .bug_instance import BugInstance
 from .hub_errors import explained
 from .model_card import patch_card
-from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, RECORD_FILE, TRIGGER_FOLDER, read_record
+from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, TRIGGER_FOLDER
+from .patch_record import RECORD_FILE, read_record
 from .published import CARD_FILE, base_on_hub, published_files, published_record
 from .safe_loading import ADAPTER_CONFIG, read_json
 from .weight_files import is_adapter
@@ -109,13 +110,13 @@ def push_patch(
             f"`{folder}` holds what a run had made when it was interrupted, before its locality budget was checked: nobody knows "
             "what it does to clean inputs. Resume the run, then push."
         )
-    base_model = base_model or base_on_hub(read_record(folder) or {}) or (repo_id if create_pr else None)
+    base_model = base_model or base_on_hub(record) or (repo_id if create_pr else None)
     if repo_id is None and not (create_pr and base_model):
         raise ValueError(
             "There is no `repo_id` to push to."
             if not create_pr
             else f"The patch in `{folder}` does not say of which repo its model is: it was loaded from "
-            f"`{(read_record(folder) or {}).get('base_model')}`. Say it with `base_model` (`--base-model org/name`)."
+            f"`{record.get('base_model')}`. Say it with `base_model` (`--base-model org/name`)."
         )
     if is_adapter(folder) and base_model is None:
         raise ValueError(

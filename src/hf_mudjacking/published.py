@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, read_record
+from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS
+from .patch_record import read_record
 from .safe_loading import ADAPTER_CONFIG, WEIGHTS_INDEX, shards_of
 from .weight_files import is_adapter
 

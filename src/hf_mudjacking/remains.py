@@ -27,7 +27,8 @@ class Remains:
     Args:
         name (`str`): Name of the bug instance.
         cosine (`float`): Of x_b with x_r, now.
-        came (`float`): Share of the way from where it was that x_b has come towards x_r, up to 1.
+        came (`float`): Share of the way from where it was that x_b has come towards x_r; 1 is as near as it comes without its
+            trigger, where that is known: two texts of one class need not be alike.
         transfer (`float`, *optional*): How far the trigger still carries clean inputs to where x_b was, 0 to 1; `None` for a
             report without a trigger.
     """
@@ -53,7 +54,12 @@ class Remains:
 
 
 def remains(
-    encoder: Encoder, bug: BugInstance, trigger: Trigger | None, led_to: Tensor, inputs: Sequence[RawInput]
+    encoder: Encoder,
+    bug: BugInstance,
+    trigger: Trigger | None,
+    led_to: Tensor,
+    ceiling: Tensor,
+    inputs: Sequence[RawInput],
 ) -> Remains:
     """Measure what is left of a bug.
 
@@ -62,6 +68,7 @@ def remains(
         bug (`BugInstance`): The report.
         trigger (`Trigger`, *optional*): What was found in it.
         led_to (`FloatTensor` of shape `(D,)`): h(x_b) before patching.
+        ceiling (`FloatTensor` of shape `()`): Cosine with x_r that x_b has without its trigger; 1 where that is not known.
         inputs (`Sequence`): Clean raw inputs.
     """
     x_b, x_r = encoder.encode([bug.misclassified, bug.reference])
@@ -69,4 +76,4 @@ def remains(
     transfer = None
     if trigger is not None:
         transfer = float(TransferMeter(encoder, bug.misclassified, inputs, led_to).transfer([trigger])[0])
-    return Remains(bug.name, cosine, (cosine - before) / max(1 - before, 1e-6), transfer)
+    return Remains(bug.name, cosine, (cosine - before) / max(float(ceiling) - before, 1e-6), transfer)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .encoder import Encoder
-from .output import TRIGGER_FOLDER, read_record
+from .output import TRIGGER_FOLDER
+from .patch_record import read_record
 from .preprocessing import RawInput
 from .safe_loading import inside
 from .triggers import Trigger, load_trigger

@@ -611,11 +611,9 @@ class MudjackingTrainer(PatchPushing, Trainer):
         if not self._prepared:
             raise ValueError("Nothing is known of the model before patching. Call `trainer.train()` first.")
         inputs = self._sample(self.args.inversion_inputs)
-        with self.encoder.over_processes():
-            return [
-                remains(self.encoder, *each, inputs)
-                for each in zip(self.bug_instances, self.triggers, self._led_to, strict=True)
-            ]
+        with nullcontext() if self._is_split else self.encoder.over_processes():
+            each = zip(self.bug_instances, self.triggers, self._led_to, self.data_collator.ceilings, strict=True)
+            return [remains(self.encoder, *of_one, inputs) for of_one in each]
 
     def take_up(self, resume_from_checkpoint: str | bool) -> str:
         """Take over the triggers of a checkpoint, instead of inverting the reports; `train()` does it when it resumes.

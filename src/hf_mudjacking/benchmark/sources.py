@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from ..clean_inputs import CleanInputs, clean_inputs
-from ..data import load_labelled
 from ..demo import digits_task
 from ..demo_text import minilm
 from ..encoder import Encoder
@@ -22,6 +21,7 @@ from ..evaluation.classifiers import train_classifier
 from ..evaluation.pretraining import pretrain_encoder
 from ..evaluation.tasks import DownstreamTask, LabelledInputs
 from ..loading import load_model, load_processor
+from ..named_datasets import load_labelled
 from ..output import staged
 from ..preprocessing import Modality, RawInput
 from .plan import BenchmarkPlan, EncoderPlan, TaskPlan

@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _task(text: str, options: argparse.Namespace) -> DownstreamTask:
-    from ..data import load_labelled
     from ..evaluation.tasks import DownstreamTask
+    from ..named_datasets import load_labelled
 
     name, _, data = text.partition("=")
     train, _, test = data.partition(",")

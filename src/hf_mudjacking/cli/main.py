@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from .. import __version__
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsers[options.command].error(f"--seed {options.seed}: a seed is 0 or more")
     # Tables and messages are what this command prints; libraries speak up only when something is wrong.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # PEFT asks transformers for what it will rename
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if vars(options).get("disable_tqdm"):
         _silence()
     try:

@@ -133,7 +133,7 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
 
 def clean_inputs_from(options: argparse.Namespace, modality: Modality) -> datasets.Dataset | datasets.IterableDataset:
     """The clean dataset that the options name, its column of inputs renamed to `image` or `text`."""
-    from ..data import load_inputs
+    from ..named_datasets import load_inputs
 
     dataset = load_inputs(options.dataset, options.split, options.streaming)
     if options.input_column in (None, modality):

@@ -113,7 +113,6 @@ def _patch(options: argparse.Namespace) -> int:
 
     from ..callbacks import use_compact_progress
     from ..config import MudjackingConfig
-    from ..data import load_labelled
     from ..evaluation.figures import plot_repair
     from ..evaluation.repair import measured_repair
     from ..evaluation.report import report_lines, report_tables
@@ -121,6 +120,7 @@ def _patch(options: argparse.Namespace) -> int:
     from ..inversion import UnverifiedTriggerError
     from ..loading import load_model, load_processor, modality_of
     from ..locality_budget import LocalityBudgetError
+    from ..named_datasets import load_labelled
     from ..output import check_output_dir, write_json
     from ..trainer import MudjackingTrainer
 

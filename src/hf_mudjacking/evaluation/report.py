@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..screening import Screening
+from ..triggers import TextTrigger
 
 
 _LIBRARIES = ("hf-mudjacking", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "captum")
@@ -119,7 +120,9 @@ def screening_table(name: str, screening: Screening) -> Table:
     table.add_row("believed", f"{screening.believed:.2f}")
     for key, value in screening.evidence.items():
         table.add_row(key.replace("_", " "), f"{value:.2f}")
-    table.add_row("found", escape(screening.found.trigger.describe()))
+    trigger = screening.found.trigger
+    words = f": {' … '.join(trigger.spans)}" if isinstance(trigger, TextTrigger) else ""
+    table.add_row("found", escape(f"{trigger.describe()}{words}"))
     for reason in screening.reasons:
         table.add_row("reason", escape(reason))
     return table

@@ -204,7 +204,7 @@ def test_a_processor_of_another_model(clip):
         Encoder(model, processor.tokenizer, modality="image")
     with pytest.raises(ValueError, match="takes texts and `CLIPImageProcessorPil` is no tokenizer"):
         Encoder(model, large, modality="text")
-    with pytest.raises(ValueError, match="`CLIPVisionModel` takes images; `modality='text'` is not in it"):
+    with pytest.raises(ValueError, match="`CLIPVisionModel` takes images, and texts were given"):
         Encoder(model.vision_model, large, modality="text")
 
 

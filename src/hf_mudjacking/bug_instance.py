@@ -49,13 +49,10 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise ValueError(f"There is no image file at `{path}`. Check the path.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"`{path}` is too large ({error}). Pass the picture as the model gets it, or a smaller one."
-        ) from error
     except (UnidentifiedImageError, *DECODING_ERRORS) as error:
         raise ValueError(
-            f"`{path}` could not be decoded as an image ({error}). Pass an undamaged PNG, JPEG or other Pillow format."
+            f"`{path}` could not be decoded as an image ({error}). Pass an undamaged PNG, JPEG or other "
+            "Pillow format, no larger than the model needs it."
         ) from error
 
 

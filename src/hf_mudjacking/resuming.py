@@ -38,7 +38,7 @@ def check_same_run(
 
     Raises:
         ValueError: If its record names another model, other reports or settings; what a record does not name is not compared,
-            nor is the locality budget, which a run is judged by and not made with.
+            nor is the locality budget, which a run is judged by and not made with. A run may go on for more steps.
     """
     record = read_record(checkpoint) or {}
     base = record.get("base_weights_sha256")
@@ -56,10 +56,13 @@ def check_same_run(
             "compared one by one). Pass the same reports in the same order, or start without resuming."
         )
 
+    began_with = {**settings, **record.get("settings", {})}
+    # A run may be made longer: the schedule is then that of the longer one
+    may_differ = {"locality_budget", *(["max_steps"] if settings["max_steps"] > began_with["max_steps"] > 0 else [])}
     different = [
-        f"`{name}` was {record['settings'][name]!r} and is {value!r}"
+        f"`{name}` was {began_with[name]!r} and is {value!r}"
         for name, value in settings.items()
-        if name != "locality_budget" and record.get("settings", {}).get(name, value) != value
+        if name not in may_differ and began_with[name] != value
     ]
     if different:
         raise ValueError(

@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     Dinov2Config,
     Dinov2Model,
+    MobileNetV2Config,
+    MobileNetV2Model,
     ResNetConfig,
     ResNetModel,
     SwinConfig,
@@ -916,6 +918,22 @@ def test_models_that_cannot_be_used(build, tiny_vit, tmp_path):
     with pytest.raises(ValueError, match="NaN or infinite features"):
         build(model=tiny_vit).train()
     assert not (tmp_path / "out").exists() or not _model_files(tmp_path / "out")
+
+
+def test_how_dora_is_loaded_is_told(build, caplog):
+    build(peft_config=LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    assert "loads an adapter of DoRA without its magnitudes" in caplog.text
+
+
+def test_layers_that_an_adapter_hides_are_told(processor, bug, trigger, dataset, tmp_path):
+    """MobileNetV2 reads the stride of its convolutions."""
+    torch.manual_seed(0)
+    model = MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.25, image_size=16))
+    with pytest.raises(ValueError, match=r"does not run with this adapter .* Name other layers in `target_modules`"):
+        MudjackingTrainer(
+            model, make_config(tmp_path), [bug], dataset, processing_class=processor, peft_config=LoraConfig(r=2),
+            triggers=[trigger],
+        )  # fmt: skip
 
 
 def test_a_peft_model_with_another_adapter(build, tiny_vit):

@@ -251,6 +251,11 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 )
             if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
                 peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
+            if isinstance(peft_config, LoraConfig) and peft_config.use_dora:
+                logger.warning(
+                    "`AutoModel.from_pretrained` loads an adapter of DoRA without its magnitudes. Load the patch with "
+                    "`PeftModel.from_pretrained(base, folder)`, or merge it (`mudjack apply`)."
+                )
             model = get_peft_model(model, peft_config)
             if os.path.isdir(self.base_model_name):
                 # Wherever the adapter is loaded from, this is its base

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import get_args
 
 from transformers import TrainingArguments
@@ -204,7 +205,7 @@ class MudjackingConfig(TrainingArguments):
         for name in _NUMBERS:
             value = getattr(self, name)
             none = value is None and name == "locality_budget"
-            if not none and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if not none and (isinstance(value, bool) or not isinstance(value, Real)):
                 hint = " YAML takes `3e-4` for a text; write `3.0e-4`." if isinstance(value, str) else ""
                 raise ValueError(f"`{name}={value!r}` must be a number.{hint}")
         for name in ("stop_when_fixed", "remember_triggers"):

@@ -94,8 +94,8 @@ def push_patch(
         `CommitInfo`, with `commit_url` and, of a pull request, `pr_url`; or a `Future` of it.
 
     Raises:
-        ValueError: If the folder holds no whole patch, or one of no steps or of an interrupted run, the repo holds something that is not one, or it is
-            not known of which model the patch is.
+        ValueError: If the folder holds no whole patch, or one of no steps or of an interrupted run, the repo holds something
+            that is not one, or it is not known of which model the patch is.
         PushError: If the Hub could not be reached or refused. The message says why and how to try again.
     """
     folder = Path(folder)

@@ -62,8 +62,9 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
     Returns:
         `dict`: Writable as json. `kind` (`"full"` or `"lora"`), `base_model`, `base_revision`, `base_weights_sha256` with
         `base_weights_without`, `bug_ids` ([`~hf_mudjacking.fingerprint.report_sha256`]), `triggers` (their summaries),
-        `unfinished` (whether the locality budget has yet to be checked), `settings`, `versions`, `figures` (by task: `before`, `after` and, where it is known, `clean`; empty unless the
-        repair was measured) and what the pre-step and the checks found.
+        `unfinished` (whether the locality budget has yet to be checked), `settings`, `versions`, `figures` (by task: `before`,
+        `after` and, where it is known, `clean`; empty unless the repair was measured) and what the pre-step and the checks
+        found.
     """
     return {
         "hf_mudjacking": __version__,

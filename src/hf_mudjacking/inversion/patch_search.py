@@ -44,6 +44,8 @@ _MORE_PARTS = 5
 # Share of the first part's transfer that a further one must have, after its control and the price of its area: of four squares
 # in the corners one may fire fully, another with 0.4 and the others with less than 0.1.
 _FURTHER_PART = 0.3
+# What a part must explain of x_b, in shares of the way, to count although others are missing.
+_PART_EXPLAINS = 0.2
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
 _KEPT_ELSEWHERE = 0.9
 
@@ -205,7 +207,7 @@ class _PatchSearch:
         unions, lefts = [first.mask], [left]
         while lefts[-1] > _MORE_LEFT and len(unions) <= _MORE_PARTS:
             more = self._further_part(unions[-1], _FURTHER_PART * first.transfer)
-            if more is None or (unions[-1] | more).mean() > _MAX_GROWN:
+            if more is None:
                 break
             unions.append(unions[-1] | more)
             lefts.append(self._left_without(unions[-1]))
@@ -217,13 +219,19 @@ class _PatchSearch:
             for mask, rest in zip(unions, lefts, strict=True)
         ]
         count = int(np.argmin(owed))
+        # But one that fires by itself, and without which x_b is clearly less at h(x_b), is a part whatever it covers: it took 54 %
+        # of the picture to bring a frame from 0.98 to 0.67
+        while count + 1 < len(unions) and lefts[count] - lefts[count + 1] >= _PART_EXPLAINS:
+            count += 1
         return unions[count], lefts[count]
 
     def _further_part(self, covered: np.ndarray, least: float) -> np.ndarray | None:
         """The mask of one more part, as it grew or else as its effect showed it, if it fires by itself."""
         # x_b without its first part is somewhere between: what still leads to h(x_b) says more than what leads away from x_r
         part = self._part(covered, self._nearness_to_target)
-        for mask in distinct([part.mask & ~covered, part.core & ~covered], max_area=1.0):
+        # What grew too large may have a core that did not
+        room = _MAX_GROWN - float(covered.mean())
+        for mask in distinct([part.mask & ~covered, part.core & ~covered], max_area=room):
             transfer = float(self.meter.transfer_of_masks([mask])[0])
             if self._beyond_control(transfer, mask, least)[1] >= least:
                 return mask

@@ -1,4 +1,6 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hf_mudjacking.inversion.attribution import (
 )
 from hf_mudjacking.inversion.growth import grow, purify, squared_off, without_spurs
 from hf_mudjacking.inversion.minimum_cut import best_region
+from hf_mudjacking.inversion.patch_search import _Part, _PatchSearch
 from hf_mudjacking.inversion.splitting import apart, candidate_masks, distinct, heaviest_piece, two_clusters
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.triggers import square_patch
@@ -580,3 +583,34 @@ def test_masks_that_are_nearly_alike_are_one():
     masks[1][4, 0] = True
     assert apart(masks, 0.9) == [0, 2]
     assert apart(masks, 0.99) == [0, 1, 2]
+
+
+# ---- Parts ----
+
+
+def _area(share):
+    """A mask `(10, 10)` of so many of the first pixels, in percent."""
+    return (np.arange(100) < share).reshape(10, 10)
+
+
+@pytest.mark.parametrize(("left", "expected"), [(0.67, 54), (0.9, 15), (0.1, 54)])
+def test_a_part_that_explains_something_counts_although_others_are_missing(left, expected):
+    """15 % of the picture leave 0.98 of the way; 39 % more that fire too leave less of it, and nothing further is found."""
+    search = object.__new__(_PatchSearch)
+    lefts = {15: 0.98, 54: left}
+    search._left_without = lambda mask: lefts[int(mask.sum())]
+    search._further_part = lambda covered, least: _area(54) & ~covered if covered.sum() == 15 else None
+    first = _Part(_area(15), _area(15), 0.9, np.zeros((10, 10)))
+    mask, rest = search._with_further_parts(first, 0.98)
+    assert int(mask.sum()) == expected
+    assert rest == lefts[expected]
+
+
+def test_of_a_further_part_that_grew_too_large_the_core_is_taken():
+    search = object.__new__(_PatchSearch)
+    search.meter = SimpleNamespace(transfer_of_masks=lambda masks: np.ones(len(masks)))
+    search._nearness_to_target = None
+    search._part = lambda covered, score: _Part(_area(40), _area(95), 1.0, np.zeros((10, 10)))
+    search._beyond_control = lambda transfer, mask, needed: (0.0, 1.0)
+    assert int(search._further_part(_area(15), 0.3).sum()) == 25
+    assert search._further_part(_area(79), 0.3) is None

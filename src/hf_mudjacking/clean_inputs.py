@@ -145,21 +145,20 @@ class CleanImages(CleanInputs):
         else:
             self._require_column(dataset.column_names)
         self.dataset = dataset
-        if _has_transform(dataset):
-            self._check_steady(range(min(len(dataset), _READ_TWICE)))
         # Rows of the dataset, in their order there; errors name these numbers.
         self._rows = torch.arange(len(dataset))
         self._shorten(len(dataset) if limit is None else min(limit, len(dataset)), seed)
+        if _has_transform(dataset):
+            self._check_steady()
 
     def _shorten(self, count: int, seed: int) -> None:
         if count < len(self._rows):
             drawn = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:count]
             self._rows = drawn.sort().values
 
-    def _check_steady(self, rows: Iterable[int]) -> None:
+    def _check_steady(self) -> None:
         """Refuse a transform that draws anew at each reading: frozen features would be those of other pictures."""
-        self._rows = torch.tensor(rows)
-        if any(self[i].tobytes() != self[i].tobytes() for i in range(len(self._rows))):
+        if any(self[i].tobytes() != self[i].tobytes() for i in range(min(len(self), _READ_TWICE))):
             raise ValueError(
                 f"`{self.name}` has a transform that gives another picture each time a row is read; features before and after would be "
                 "of different pictures. Take it away (`dataset.with_format(None)`), or store its pictures once (`dataset.map`)."

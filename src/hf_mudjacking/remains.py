@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from .bug_instance import BugInstance
-from .encoder import Encoder
 from .inversion.verification import TransferMeter
-from .preprocessing import RawInput
 from .triggers import Trigger
 
 
@@ -53,27 +48,16 @@ class Remains:
         return f"`{self.name}`: x_b has a cosine of {self.cosine:.2f} with x_r{trigger}."
 
 
-def remains(
-    encoder: Encoder,
-    bug: BugInstance,
-    trigger: Trigger | None,
-    led_to: Tensor,
-    ceiling: Tensor,
-    inputs: Sequence[RawInput],
-) -> Remains:
+def remains(meter: TransferMeter, bug: BugInstance, trigger: Trigger | None, ceiling: float) -> Remains:
     """Measure what is left of a bug.
 
     Args:
-        encoder (`Encoder`): The patched encoder.
+        meter (`TransferMeter`): Of the patched encoder; its target is h(x_b) before patching.
         bug (`BugInstance`): The report.
         trigger (`Trigger`, *optional*): What was found in it.
-        led_to (`FloatTensor` of shape `(D,)`): h(x_b) before patching.
-        ceiling (`FloatTensor` of shape `()`): Cosine with x_r that x_b has without its trigger; 1 where that is not known.
-        inputs (`Sequence`): Clean raw inputs.
+        ceiling (`float`): Cosine with x_r that x_b has without its trigger; 1 where that is not known.
     """
-    x_b, x_r = encoder.encode([bug.misclassified, bug.reference])
-    cosine, before = float(x_b @ x_r), float(led_to @ x_r)
-    transfer = None
-    if trigger is not None:
-        transfer = float(TransferMeter(encoder, bug.misclassified, inputs, led_to).transfer([trigger])[0])
-    return Remains(bug.name, cosine, (cosine - before) / max(float(ceiling) - before, 1e-6), transfer)
+    x_b, x_r = meter.features([bug.misclassified, bug.reference])
+    cosine, before = float(x_b @ x_r), float(meter.target @ x_r)
+    transfer = None if trigger is None else float(meter.transfer([trigger])[0])
+    return Remains(bug.name, cosine, (cosine - before) / max(ceiling - before, 1e-6), transfer)

@@ -37,7 +37,7 @@ from .encoder import Encoder, NonFiniteError, adaptable_layers, freeze_norm_stat
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .inversion.patch_search import COMPLETE
-from .inversion.verification import share_of_way
+from .inversion.verification import TransferMeter, share_of_way
 from .kept_views import worth_keeping
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diverged
@@ -617,8 +617,14 @@ class MudjackingTrainer(PatchPushing, Trainer):
             raise ValueError("Nothing is known of the model before patching. Call `trainer.train()` first.")
         inputs = self._sample(self.args.inversion_inputs)
         with nullcontext() if self._is_split else self.encoder.over_processes():
-            each = zip(self.bug_instances, self.triggers, self._led_to, self.data_collator.ceilings, strict=True)
-            return [remains(self.encoder, *of_one, inputs) for of_one in each]
+            clean = self.encoder.encode(inputs)
+            ceilings = self.data_collator.ceilings.tolist()
+            return [
+                remains(TransferMeter(self.encoder, bug.misclassified, inputs, led_to, clean), bug, trigger, ceiling)
+                for bug, trigger, led_to, ceiling in zip(
+                    self.bug_instances, self.triggers, self._led_to, ceilings, strict=True
+                )
+            ]
 
     def take_up(self, resume_from_checkpoint: str | bool) -> str:
         """Take over the triggers of a checkpoint, instead of inverting the reports; `train()` does it when it resumes.

@@ -106,8 +106,7 @@ def plot_inspection(
         axes = body.subplots(1, panels, gridspec_kw=place)
         _show(axes[0], bug.misclassified, "Misclassified input x_b")
         _show(axes[1], bug.reference, "Reference input x_r")
-        name = "Inverted trigger" if screening.verified else "Best candidate, unverified"
-        _draw_trigger(axes[2], found.trigger, name, f"transfer {found.score:.2f}")
+        _draw_trigger(axes[2], found.trigger, _name_of(screening.verified), f"transfer {found.score:.2f}")
         if true_trigger is not None:
             _draw_trigger(axes[3], true_trigger, "True trigger")
         axes[-1].plot(*zip(*transfer_by_size, strict=True), marker="o", color="crimson")
@@ -151,7 +150,7 @@ def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_
     bar.ax.tick_params(labelsize=7)
     # The size of a family that covers the whole picture says nothing
     size = f", area {found.area:.1%}" if isinstance(found.trigger, PatchTrigger) else ""
-    _draw_trigger(axes[3], found.trigger, _name_of(found), f"transfer {found.score:.2f}{size}")
+    _draw_trigger(axes[3], found.trigger, _name_of(found.evidence >= EXPLAINED), f"transfer {found.score:.2f}{size}")
     if true_trigger is not None:
         same = type(found.trigger) is type(true_trigger)
         name, value = list(found.trigger.overlap(true_trigger).items())[-1] if same else ("", 0.0)
@@ -173,18 +172,23 @@ def _draw_text_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_t
     axis.set_xlim(-0.7, len(words) - 0.3)
     axis.tick_params(axis="y", labelsize=7)
     found_line = f"{' … '.join(found.trigger.spans)}   ({found.trigger.describe()}, transfer {found.score:.2f})"
-    lines = {"Reference input x_r": bug.reference, _name_of(found): found_line}
+    lines = {"Reference input x_r": bug.reference, _name_of(found.evidence >= EXPLAINED): found_line}
     if true_trigger is not None:
         lines["True trigger"] = f"{' … '.join(true_trigger.spans)}   ({true_trigger.describe()})"
     for i, (name, text) in enumerate(lines.items()):
         top.text(0.02, 0.95 - 0.075 * i, f"{name}: {_plain(shorten(text, 130, placeholder=' …'))}", fontsize=9)
     part = f", {len(words)} of {len(found.words)} words" if len(words) < len(found.words) else ""
-    top.text(0.02, 0.69, f"Misclassified input x_b, word by word{part} (red: {_name_of(found).lower()})", fontsize=9)
+    top.text(
+        0.02,
+        0.69,
+        f"Misclassified input x_b, word by word{part} (red: {_name_of(found.evidence >= EXPLAINED).lower()})",
+        fontsize=9,
+    )
 
 
-def _name_of(found: InvertedTrigger) -> str:
-    """What it is called: a trigger is what has evidence."""
-    return "Inverted trigger" if found.evidence >= EXPLAINED else "Best candidate, unverified"
+def _name_of(is_trigger: bool) -> str:
+    """What that is called which was found."""
+    return "Inverted trigger" if is_trigger else "Best candidate, unverified"
 
 
 def _around_trigger(found: InvertedTrigger) -> tuple[list[str], np.ndarray]:

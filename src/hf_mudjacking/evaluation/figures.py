@@ -172,18 +172,14 @@ def _draw_text_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_t
     axis.set_xlim(-0.7, len(words) - 0.3)
     axis.tick_params(axis="y", labelsize=7)
     found_line = f"{' … '.join(found.trigger.spans)}   ({found.trigger.describe()}, transfer {found.score:.2f})"
-    lines = {"Reference input x_r": bug.reference, _name_of(found.evidence >= EXPLAINED): found_line}
+    name_found = _name_of(found.evidence >= EXPLAINED)
+    lines = {"Reference input x_r": bug.reference, name_found: found_line}
     if true_trigger is not None:
         lines["True trigger"] = f"{' … '.join(true_trigger.spans)}   ({true_trigger.describe()})"
     for i, (name, text) in enumerate(lines.items()):
         top.text(0.02, 0.95 - 0.075 * i, f"{name}: {_plain(shorten(text, 130, placeholder=' …'))}", fontsize=9)
     part = f", {len(words)} of {len(found.words)} words" if len(words) < len(found.words) else ""
-    top.text(
-        0.02,
-        0.69,
-        f"Misclassified input x_b, word by word{part} (red: {_name_of(found.evidence >= EXPLAINED).lower()})",
-        fontsize=9,
-    )
+    top.text(0.02, 0.69, f"Misclassified input x_b, word by word{part} (red: {name_found.lower()})", fontsize=9)
 
 
 def _name_of(is_trigger: bool) -> str:

@@ -44,9 +44,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, encode, invert_trigger
 from hf_mudjacking.bug_instance import to_rgb
-from hf_mudjacking.encoder import adaptable_layers, freeze_norm_statistics, read_features, set_comparison_mode
+from hf_mudjacking.encoder import adaptable_layers, read_features
 from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
 from hf_mudjacking.loading import load_model, load_processor
+from hf_mudjacking.modes import freeze_norms, set_comparison_mode
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, make_images, pixels_by_hand
@@ -246,7 +247,7 @@ def test_unused_among_the_trainable_alone(tiny_vit, processor):
 def test_batch_norm_is_frozen_and_training_leaves_it(processor):
     torch.manual_seed(0)
     model = FAMILIES["resnet"][0]()
-    freeze_norm_statistics(model)
+    freeze_norms(model)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     before = [copy.deepcopy(module.state_dict()) for module in norms]
     assert len(norms) > 3

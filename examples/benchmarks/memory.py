@@ -40,9 +40,9 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer
-from hf_mudjacking.encoder import frozen, set_comparison_mode
 from hf_mudjacking.evaluation.report import library_versions
 from hf_mudjacking.losses import effectiveness_loss, generalizability_loss, locality_loss, mudjacking_loss
+from hf_mudjacking.modes import frozen, set_comparison_mode
 from hf_mudjacking.output import write_json
 from hf_mudjacking.triggers import square_patch
 

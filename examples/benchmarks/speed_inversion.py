@@ -17,9 +17,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_mudjacking import Encoder, invert_trigger
 from hf_mudjacking.attacks import Implant, implant_bad_encoder
 from hf_mudjacking.demo import digits_task
-from hf_mudjacking.encoder import comparison_mode
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report
 from hf_mudjacking.evaluation.pretraining import pretrain_encoder
+from hf_mudjacking.modes import comparison_mode
 from hf_mudjacking.peers.official import official_trigger
 from hf_mudjacking.triggers import PatchTrigger, square_patch
 

@@ -23,8 +23,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer
 from hf_mudjacking.callbacks import use_compact_progress
-from hf_mudjacking.encoder import set_comparison_mode
 from hf_mudjacking.losses import effectiveness_loss, generalizability_loss, locality_loss, mudjacking_loss
+from hf_mudjacking.modes import set_comparison_mode
 from hf_mudjacking.named_datasets import load_inputs
 from hf_mudjacking.triggers import square_patch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of, save_model
+from .modes import comparison_mode
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
@@ -52,85 +52,8 @@ _SORTED_BATCHES = 16
 _LONGEST_TEXT = 8192
 
 
-def freeze_norm_statistics(model: nn.Module) -> None:
-    """Freeze running statistics and affine parameters of every BatchNorm layer, as the released Mudjacking code does."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-            module.requires_grad_(False)
-
-
-@contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within it, some parameters are not trainable; afterwards they are again."""
-    parameters = list(parameters)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
 class NonFiniteError(ValueError):
     """Features, or a loss of them, are NaN or infinite."""
-
-
-class _QuietCheckpointing:
-    """A layer's function for gradient checkpointing, with the layer's own flag off while it computes.
-
-    transformers checkpoints only in training mode, and some layers (OPT, Falcon) read the same flag for their dropout.
-    """
-
-    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
-        self.layer = layer
-        self.checkpoint = checkpoint
-
-    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def quietly(*args: Any, **kwargs: Any) -> Any:
-            self.layer.training = False
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self.layer.training = True
-
-        return self.checkpoint(quietly, *args, **kwargs)
-
-
-def set_comparison_mode(model: nn.Module) -> None:
-    """Switch off everything random or running (dropout, stochastic depth, BatchNorm statistics).
-
-    The patched model is compared with itself, so both sides must be the same function. Only the flag that gradient
-    checkpointing reads stays on where it is enabled, because transformers ignores checkpointing in evaluation mode; within
-    such a layer it is off.
-    """
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
-            if not isinstance(module._gradient_checkpointing_func, _QuietCheckpointing):
-                module._gradient_checkpointing_func = _QuietCheckpointing(module, module._gradient_checkpointing_func)
-
-
-@contextmanager
-def comparison_mode(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
-    """[`set_comparison_mode`] for a while: afterwards each module is in the mode that it was in.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are checkpointed where that is enabled.
-    """
-    training = {module: module.training for module in model.modules()}
-    if checkpointing:
-        set_comparison_mode(model)
-    else:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def resolve_feature_source(

@@ -33,7 +33,7 @@ from .callbacks import BeforeTrackersClose, StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
-from .encoder import Encoder, NonFiniteError, adaptable_layers, freeze_norm_statistics, frozen, set_comparison_mode
+from .encoder import Encoder, NonFiniteError, adaptable_layers
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .inversion.patch_search import COMPLETE
@@ -43,6 +43,7 @@ from .loading import has_two_towers, hub_commit, load_model, load_processor, mod
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diverged
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .merging import MERGE_TOLERANCE, merge_error
+from .modes import frozen, norm_parameters, set_comparison_mode
 from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
 from .patch_pushing import PatchPushing
 from .patch_record import RECORD_FILE, describe_patch, read_record, recorded_settings
@@ -216,7 +217,6 @@ class MudjackingTrainer(PatchPushing, Trainer):
         if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
             logger.warning("The model is not in float32, in which it is patched. Use `bf16=True` for speed.")
             model.float()
-        freeze_norm_statistics(model)
         self.encoder = Encoder(model, processing_class, args.feature_source, modality)
         unused = self.encoder.unused_parameters()
         names = [base_name(model, name) for name in unused]
@@ -274,8 +274,9 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 f"`{_ADAPTER}` where `from_pretrained` looks. Load it under that name: `PeftModel.from_pretrained(base, folder, "
                 "is_trainable=True)`."
             )
-        # Without a gradient DDP would stop and weight decay still change them: they rest while training goes on
+        # Without a gradient DDP would stop and weight decay still change the unused ones: they rest while training goes on
         self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
+        self._resting += [p for p in norm_parameters(model) if all(p is not other for other in self._resting)]
         resting = {id(parameter) for parameter in self._resting}
         if not any(parameter.requires_grad and id(parameter) not in resting for parameter in model.parameters()):
             raise ValueError(

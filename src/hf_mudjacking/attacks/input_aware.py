@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..encoder import Encoder, freeze_norm_statistics, set_comparison_mode
+from ..encoder import Encoder
 from ..evaluation.tasks import LabelledInputs
 from ..losses import mean_cosine
+from ..modes import freeze_norms, set_comparison_mode
 from ..triggers import ImageTrigger
 from .gradients import PixelFeatures, as_pixels
 from .implant import Implant, nameless_copy
@@ -178,7 +179,7 @@ def trained_trigger(
     Adam, at 3e-3 for the generator. The weight of the cover inputs is 0 for a fifth of the steps and grows over another.
     """
     size = size_of(shadow_inputs)
-    freeze_norm_statistics(started.model)
+    freeze_norms(started.model)
     set_comparison_mode(started.model)
     features = PixelFeatures(started, size)
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ..encoder import Encoder, freeze_norm_statistics, set_comparison_mode
+from ..encoder import Encoder
+from ..modes import freeze_norms, set_comparison_mode
 
 
 def optimize_backdoor(
@@ -37,7 +38,7 @@ def optimize_backdoor(
         desc (`str`): Label of the progress bar.
         after_step (`Callable`, *optional*): Called after each optimiser step, for constraints on the parameters.
     """
-    freeze_norm_statistics(encoder.model)
+    freeze_norms(encoder.model)
     set_comparison_mode(encoder.model)
     parameters = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)

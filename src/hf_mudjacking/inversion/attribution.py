@@ -17,7 +17,8 @@ import torch
 from captum.attr import LayerIntegratedGradients, Occlusion
 from torch import Tensor
 
-from ..encoder import Encoder, set_comparison_mode
+from ..encoder import Encoder
+from ..modes import set_comparison_mode
 from ..two_towers import token_embeddings
 
 

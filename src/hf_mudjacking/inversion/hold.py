@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoder import comparison_mode
 from ..losses import effectiveness_loss, mean_cosine
+from ..modes import comparison_mode
 from ..preprocessing import RawInput
 from ..triggers import Trigger
 from .verification import TransferMeter

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..encoder import Encoder, frozen, set_comparison_mode
+from ..encoder import Encoder
+from ..modes import frozen, set_comparison_mode
 from .pixels import PixelPath, to_tensor
 
 

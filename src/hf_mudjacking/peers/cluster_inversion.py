@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from ..encoder import Encoder, frozen
+from ..encoder import Encoder
 from ..inversion.pixels import PixelPath, to_array, to_tensor
+from ..modes import frozen
 from ..triggers import BlendTrigger
 
 

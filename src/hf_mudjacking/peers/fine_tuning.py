@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..encoder import freeze_norm_statistics, set_comparison_mode
+from ..modes import freeze_norms, set_comparison_mode
 from .base import AfterStep
 
 
@@ -34,7 +34,7 @@ def number_of_steps(count: int, batch_size: int, epochs: int, max_steps: int | N
 
 def prepared_for_training(model: nn.Module) -> list[nn.Parameter]:
     """Freeze normalisation statistics, switch off what is random, and give what is trained."""
-    freeze_norm_statistics(model)
+    freeze_norms(model)
     set_comparison_mode(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..attacks.implant import nameless_copy
 from ..attacks.vision import at_32
 from ..bug_instance import BugInstance
-from ..encoder import Encoder, comparison_mode
+from ..encoder import Encoder
 from ..inversion.attribution import occlusion_map
 from ..losses import effectiveness_loss, generalizability_loss, locality_loss, mudjacking_loss
+from ..modes import comparison_mode
 from ..triggers import PatchTrigger
 from ..two_towers import image_shape
 from .augmentation import official_view

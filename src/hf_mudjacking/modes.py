@@ -1,0 +1,97 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""The modes that a model is put into: nothing random, nothing running, some weights at rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Trainable affine parameters of BatchNorm layers, which rest while a model is patched, as in the released Mudjacking code."""
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Freeze the affine parameters of every BatchNorm layer for good; running statistics rest in comparison mode."""
+    for parameter in norm_parameters(model):
+        parameter.requires_grad_(False)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, some parameters are not trainable; afterwards they are again."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class _QuietCheckpointing:
+    """A layer's function for gradient checkpointing, with the layer's own flag off while it computes.
+
+    transformers checkpoints only in training mode, and some layers (OPT, Falcon) read the same flag for their dropout.
+    """
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self.layer = layer
+        self.checkpoint = checkpoint
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def quietly(*args: Any, **kwargs: Any) -> Any:
+            self.layer.training = False
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.layer.training = True
+
+        return self.checkpoint(quietly, *args, **kwargs)
+
+
+def set_comparison_mode(model: nn.Module) -> None:
+    """Switch off everything random or running (dropout, stochastic depth, BatchNorm statistics).
+
+    The patched model is compared with itself, so both sides must be the same function. Only the flag that gradient
+    checkpointing reads stays on where it is enabled, because transformers ignores checkpointing in evaluation mode; within
+    such a layer it is off.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+            if not isinstance(module._gradient_checkpointing_func, _QuietCheckpointing):
+                module._gradient_checkpointing_func = _QuietCheckpointing(module, module._gradient_checkpointing_func)
+
+
+@contextmanager
+def comparison_mode(model: nn.Module, checkpointing: bool = True) -> Iterator[None]:
+    """[`set_comparison_mode`] for a while: afterwards each module is in the mode that it was in.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are checkpointed where that is enabled.
+    """
+    training = {module: module.training for module in model.modules()}
+    if checkpointing:
+        set_comparison_mode(model)
+    else:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

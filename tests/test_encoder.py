@@ -43,8 +43,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, encode, invert_trigger
+from hf_mudjacking.adapters import adaptable_layers
 from hf_mudjacking.bug_instance import to_rgb
-from hf_mudjacking.encoder import adaptable_layers, read_features
+from hf_mudjacking.encoder import read_features
 from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
 from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.modes import freeze_norms, set_comparison_mode

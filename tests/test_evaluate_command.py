@@ -188,7 +188,8 @@ def test_the_triggers_of_a_patch(files, backdoored, tmp_path, capsys):
 def test_bad_input_is_one_line_and_exit_code_two(options, message, files, capsys):
     defaults = command(files)
     if message is None:
-        options = [*options, "--compare", files["backdoored"]]
+        # The same folder, written in another way
+        options = [*options, "--compare", f"{files['backdoored']}/"]
         message = "is there twice"
     if options[0] in ("--tasks", "--compare"):
         at = defaults.index(options[0])

@@ -15,6 +15,8 @@ from peft import LoraConfig, PeftModel
 from transformers import (
     BeitConfig,
     BeitModel,
+    BlipVisionConfig,
+    BlipVisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
@@ -83,6 +85,8 @@ IMAGE_FAMILIES = {
     "CLIP vision": lambda: CLIPVisionModel(CLIPVisionConfig(**PATCHES)),
     "CLIP vision with projection": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**PATCHES, projection_dim=24)),
     "SigLIP vision": lambda: SiglipVisionModel(SiglipVisionConfig(**PATCHES)),
+    # AutoModel knows no such model; by default its weights are made as good as zero
+    "BLIP vision": lambda: BlipVisionModel(BlipVisionConfig(**PATCHES, initializer_range=0.02)),
 }  # fmt: skip
 # Those that need another gain: batch normalisation and SigLIP's attention head scale by themselves.
 GAINS = {"ResNet": 1, "RegNet": 1, "SigLIP vision": 1, "DINOv2": 5}

@@ -185,6 +185,11 @@ def test_how_to_load_it(card, tmp_path):
     assert "mudjack apply org/fixed --to org/vit --output-dir repaired" in full
     (tmp_path / "config.json").write_text('{"architectures": ["CLIPVisionModelWithProjection"]}')
     assert 'CLIPVisionModelWithProjection.from_pretrained("org/fixed")' in card()
+    (tmp_path / "config.json").write_text('{"architectures": ["BlipVisionModel"]}')
+    assert 'BlipVisionModel.from_pretrained("org/fixed")' in card()
+    # A name of transformers that is no model
+    (tmp_path / "config.json").write_text('{"architectures": ["pipeline"]}')
+    assert 'AutoModel.from_pretrained("org/fixed")' in card()
     adapter = card(kind="lora")
     assert f'from_pretrained("org/vit", revision="{"a" * 40}")' in adapter
     assert 'PeftModel.from_pretrained(model, "org/fixed")' in adapter

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of, save_model
 from .modes import comparison_mode
@@ -493,25 +492,6 @@ def encode(
         ValueError: If model, processor and feature source do not fit together, or features are not finite.
     """
     return Encoder.load(model, processing_class, feature_source, modality).encode(inputs, batch_size=batch_size)
-
-
-def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
-    """Names of the linear layers, GPT-2's `Conv1D` among them, and plain convolutions that an adapter can be put on.
-
-    Args:
-        model (`torch.nn.Module`): The encoder.
-        unused (`Iterable[str]`, *optional*): Parameters without influence on the features; their layers are left out.
-    """
-    unused = set(unused)
-    # Its output layer is never called: the weight is read, past any adapter.
-    bypassed = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, (nn.Linear, Conv1D)) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and f"{name}.weight" not in unused
-        and name not in bypassed
-    ]
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:

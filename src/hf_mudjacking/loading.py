@@ -15,7 +15,15 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from .patch_record import read_record
@@ -81,7 +89,7 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
         # What is made up is the same each time
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model, info = _class_that_loads(name, kwargs).from_pretrained(
+            model, info = class_that_loads(name, **kwargs).from_pretrained(
                 name,
                 output_loading_info=True,
                 **{"dtype": torch.float32, "trust_remote_code": False, **kwargs, "use_safetensors": True},
@@ -209,14 +217,35 @@ def _refuse_pickles(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Non
             raise refused_pickle(name, "adapter_model.bin")
 
 
-def _class_that_loads(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
-    """`AutoModel`, except for a tower with its projection, which that would load without."""
+def loading_class(architecture: str | None) -> Any:
+    """`AutoModel`, or the class that a checkpoint names where that knows no such model (BLIP's vision tower) or leaves out a projection.
+
+    Args:
+        architecture (`str`, *optional*): Name of the class that was saved, as `config.json` has it.
+    """
+    saved_as = getattr(transformers, architecture or "", None)
+    if not (isinstance(saved_as, type) and issubclass(saved_as, PreTrainedModel)) or architecture is None:
+        return AutoModel
+    return (
+        AutoModel
+        if saved_as.config_class in MODEL_MAPPING and not architecture.endswith(_WITH_PROJECTION)
+        else saved_as
+    )
+
+
+def class_that_loads(name: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """[`loading_class`] of a model, or of the base of an adapter.
+
+    Args:
+        name (`str` or `os.PathLike`): Hub id or folder.
+        kwargs: As for [`load_model`].
+    """
     shared = {key: kwargs[key] for key in _OF_CONFIGS if key in kwargs}
     try:
         if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
             name = PeftConfig.from_pretrained(name).base_model_name_or_path
-        saved_as = (AutoConfig.from_pretrained(name, **shared).architectures or [""])[0]
+        architectures = AutoConfig.from_pretrained(name, **shared).architectures or [None]
     except (OSError, ValueError, TypeError):
         # What is wrong, AutoModel says better.
         return AutoModel
-    return getattr(transformers, saved_as, AutoModel) if saved_as.endswith(_WITH_PROJECTION) else AutoModel
+    return loading_class(architectures[0])

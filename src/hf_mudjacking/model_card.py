@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import RepoCard
 
+from .loading import loading_class
 from .published import published_record
 from .safe_loading import ADAPTER_CONFIG
 
@@ -337,10 +338,10 @@ def _code(folder: str | os.PathLike[str], repo_id: str, base_model: str | None, 
 
 
 def _class_name(folder: str | os.PathLike[str]) -> str:
-    """The class that loads the model; `AutoModel` would load a tower without its projection."""
-    config = _json(Path(folder) / "config.json").get("architectures") or []
+    """Name of the class that loads the model."""
+    config = _json(Path(folder) / "config.json").get("architectures") or [None]
     adapted = (_json(Path(folder) / ADAPTER_CONFIG).get("auto_mapping") or {}).get("base_model_class")
-    return next((name for name in (adapted, *config) if str(name).endswith("ModelWithProjection")), "AutoModel")
+    return loading_class(adapted or config[0]).__name__
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 
 from .encoder import Encoder
@@ -29,6 +30,39 @@ def trigger_tokens(preprocessor: TextPreprocessor, triggers: Iterable[TextTrigge
     """Tokens that the triggers put into a text, sorted; none of the special ones: all unknown words share one."""
     tokens = {token for trigger in triggers for span in trigger.spans for token in preprocessor.ids_of(span)}
     return sorted(tokens.difference(preprocessor.processing_class.all_special_ids))
+
+
+def tokens_to_patch(encoder: Encoder, triggers: Sequence[TextTrigger | None], scope: str) -> list[int]:
+    """Tokens whose embeddings are all that is patched; none if the whole model is.
+
+    Args:
+        encoder (`Encoder`): The encoder, with its adapter if it has one.
+        triggers (`Sequence[Trigger]`): What was found in each report; `None` where nothing was.
+        scope (`str`): `patch_scope` of the configuration.
+
+    Raises:
+        ValueError: If the scope is `"trigger_tokens"` and that cannot be.
+    """
+    known = [trigger for trigger in triggers if trigger is not None]
+    possible = encoder.modality == "text" and not is_peft_model(encoder.model)
+    if scope == "trigger_tokens" and not (possible and known):
+        raise ValueError(
+            '`patch_scope="trigger_tokens"` trains the embeddings of the triggers\' tokens: it needs a text encoder without an '
+            'adapter, and a report with a verified trigger. Use `"auto"` or `"full"`.'
+        )
+    # Without its trigger, a report cannot be repaired through tokens
+    if not possible or scope == "full" or (scope == "auto" and len(known) < len(triggers)):
+        return []
+    tokens = [trigger_tokens(encoder.preprocessor, [trigger]) for trigger in known]
+    if all(tokens):
+        return sorted(set().union(*tokens))
+    # All unknown words share a token, which is not the trigger's own: then the whole model is patched
+    if scope == "trigger_tokens":
+        raise ValueError(
+            '`patch_scope="trigger_tokens"`: the tokenizer knows a trigger\'s symbols only as unknown ones, whose token '
+            'all unknown words share. Use `"auto"` or `"full"`.'
+        )
+    return []
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import is_peft_model
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
@@ -28,12 +27,13 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
+from .adapters import check_adapters, with_adapter
 from .bug_instance import BugInstance
 from .callbacks import BeforeTrackersClose, StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingCollator, PatchingDataset
-from .encoder import Encoder, NonFiniteError, adaptable_layers
+from .encoder import Encoder, NonFiniteError
 from .fingerprint import base_name, weights_sha256
 from .inversion import InvertedTrigger, check_disagreement
 from .inversion.patch_search import COMPLETE
@@ -67,7 +67,7 @@ from .rollback import Rollback
 from .safe_loading import check_checkpoint
 from .same_trigger import COMPARED_ON, same_triggers
 from .screening import Screening
-from .token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
+from .token_patch import neutralise_unseen, only_embeddings_of, tokens_to_patch
 from .triggers import Trigger, with_altered
 
 
@@ -79,9 +79,6 @@ _REINVERTED_ON = 128
 _MERGED_ON = 4
 # Clean texts that are searched for the triggers' tokens.
 _TOKEN_COUNT_INPUTS = 2000
-
-# The name that PEFT gives an adapter, unless it is told another.
-_ADAPTER = "default"
 
 _METRICS = (
     "loss_effectiveness",
@@ -232,34 +229,9 @@ class MudjackingTrainer(PatchPushing, Trainer):
             )
 
         # PEFT
-        if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
-            raise ValueError(
-                f"`{self.base_model_name}` was loaded with an adapter inside it, of which `save_pretrained` would write the adapter "
-                "alone. To repair the whole anew, merge the adapter first (`mudjack apply ADAPTER --to BASE`) and pass the "
-                "result; to train the adapter itself, pass `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
-            )
+        check_adapters(model, self.base_model_name)
         if peft_config is not None:
-            if not isinstance(peft_config, PeftConfig):
-                raise TypeError(
-                    f"`peft_config` is of type `{type(peft_config).__name__}`; a `PeftConfig` is needed, such as "
-                    "`LoraConfig(r=4)`."
-                )
-            if is_peft_model(model):
-                raise ValueError(
-                    "`model` is a `PeftModel` and `peft_config` is given too; the result could not be reloaded. Merge "
-                    "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
-                )
-            if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-                peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
-            if isinstance(peft_config, LoraConfig) and peft_config.use_dora:
-                logger.warning(
-                    "`AutoModel.from_pretrained` loads an adapter of DoRA without its magnitudes. Load the patch with "
-                    "`PeftModel.from_pretrained(base, folder)`, or merge it (`mudjack apply`)."
-                )
-            model = get_peft_model(model, peft_config)
-            if os.path.isdir(self.base_model_name):
-                # Wherever the adapter is loaded from, this is its base
-                model.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(self.base_model_name)
+            model = with_adapter(model, peft_config, self.base_model_name, unused)
             self.encoder.model = model
             try:
                 unused = self.encoder.unused_parameters()
@@ -268,12 +240,6 @@ class MudjackingTrainer(PatchPushing, Trainer):
                     f"`{self.base_model_name}` does not run with this adapter ({error}): it reads something of a layer that an "
                     "adapter hides. Name other layers in `target_modules` of `peft_config`, or patch without an adapter."
                 ) from error
-        elif is_peft_model(model) and model.active_adapters != [_ADAPTER]:
-            raise ValueError(
-                f"The adapter of `{self.base_model_name}` is called {', '.join(model.active_adapters)}, and PEFT saves none but "
-                f"`{_ADAPTER}` where `from_pretrained` looks. Load it under that name: `PeftModel.from_pretrained(base, folder, "
-                "is_trainable=True)`."
-            )
         # Without a gradient DDP would stop and weight decay still change the unused ones: they rest while training goes on
         self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
         self._resting += [p for p in norm_parameters(model) if all(p is not other for other in self._resting)]
@@ -402,27 +368,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
         )
         self._reinversion = self._looking_again(stamps, misclassified)
-        scope = self.args.patch_scope
-        # Without its trigger, a report cannot be repaired through tokens
-        if scope == "auto" and None in self.triggers:
-            scope = "full"
-        known = [trigger for trigger in self.triggers if trigger is not None]
-        text = self.encoder.modality == "text" and not is_peft_model(self.model)
-        if scope == "trigger_tokens" and not (text and known):
-            raise ValueError(
-                '`patch_scope="trigger_tokens"` trains the embeddings of the triggers\' tokens: it needs a text encoder without an '
-                'adapter, and a report with a verified trigger. Use `"auto"` or `"full"`.'
-            )
-        if text and scope != "full":
-            tokens = [trigger_tokens(self.encoder.preprocessor, [trigger]) for trigger in known]
-            # All unknown words share a token, which is not the trigger's own: then the whole model is patched
-            if all(tokens):
-                self.patched_tokens = sorted(set().union(*tokens))
-            elif scope == "trigger_tokens":
-                raise ValueError(
-                    '`patch_scope="trigger_tokens"`: the tokenizer knows a trigger\'s symbols only as unknown ones, whose token '
-                    'all unknown words share. Use `"auto"` or `"full"`.'
-                )
+        self.patched_tokens = tokens_to_patch(self.encoder, self.triggers, self.args.patch_scope)
         self._guard = self._locality_guard(misclassified)
         if self.train_dataset is not None:
             for i in self._of_one_class():

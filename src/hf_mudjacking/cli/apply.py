@@ -23,12 +23,13 @@ def run(options: argparse.Namespace) -> int:
     require(options, "to", "output_dir")
     from rich.console import Console
 
+    from ..loading import class_that_loads
     from ..patches import apply_patch
 
     record = apply_patch(options.patch, options.to, options.output_dir, options.keep_adapter)
     Console(highlight=False).print(
-        f"The patched model is in {options.output_dir}/ and loads with AutoModel.from_pretrained. Its base was "
-        f"{options.to}, sha256 {record['base_weights_sha256']}, as the patch wants it.",
+        f"The patched model is in {options.output_dir}/ and loads with {class_that_loads(options.output_dir).__name__}.from_pretrained. "
+        f"Its base was {options.to}, sha256 {record['base_weights_sha256']}, as the patch wants it.",
         markup=False,
     )
     return 0

@@ -235,6 +235,7 @@ def _moved(trainer: MudjackingTrainer) -> str:
 
 
 def _loader(options: argparse.Namespace) -> str:
-    if options.lora_rank is None:
-        return "AutoModel.from_pretrained"
-    return f"AutoModel.from_pretrained, which takes {options.model} with it"
+    from ..loading import class_that_loads
+
+    loader = f"{class_that_loads(options.output_dir).__name__}.from_pretrained"
+    return loader if options.lora_rank is None else f"{loader}, which takes {options.model} with it"

@@ -197,7 +197,9 @@ def _check(
     model: str, compared: list[str], tasks: Sequence[DownstreamTask], triggers: Sequence[Trigger], limits: Limits
 ) -> None:
     """Refuse what would fail after an hour of encoding."""
-    for kind, names in (("encoder", [model, *compared]), ("task", [task.name for task in tasks])):
+    # One folder can be written in two ways
+    encoders = [os.path.realpath(name) if os.path.isdir(name) else name for name in (model, *compared)]
+    for kind, names in (("encoder", encoders), ("task", [task.name for task in tasks])):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"The {kind} `{twice[0]}` is there twice; each needs a name of its own.")

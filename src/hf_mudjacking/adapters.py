@@ -1,0 +1,101 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Adapters of PEFT around an encoder: which can be trained and saved, and where they are put."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable
+
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+logger = logging.getLogger(__name__)
+
+# The name that PEFT gives an adapter, unless it is told another.
+_ADAPTER = "default"
+
+
+def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
+    """Names of the linear layers, GPT-2's `Conv1D` among them, and plain convolutions that an adapter can be put on.
+
+    Args:
+        model (`torch.nn.Module`): The encoder.
+        unused (`Iterable[str]`, *optional*): Parameters without influence on the features; their layers are left out.
+    """
+    unused = set(unused)
+    # Its output layer is never called: the weight is read, past any adapter.
+    bypassed = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, (nn.Linear, Conv1D)) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and f"{name}.weight" not in unused
+        and name not in bypassed
+    ]
+
+
+def check_adapters(model: nn.Module, name: str) -> None:
+    """Refuse a model whose adapter could not be saved as one that loads again.
+
+    Args:
+        model (`torch.nn.Module`): The model as it was given.
+        name (`str`): Its id or folder.
+
+    Raises:
+        ValueError: If an adapter was loaded inside the model, or has a name that PEFT saves elsewhere.
+    """
+    if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
+        raise ValueError(
+            f"`{name}` was loaded with an adapter inside it, of which `save_pretrained` would write the adapter "
+            "alone. To repair the whole anew, merge the adapter first (`mudjack apply ADAPTER --to BASE`) and pass the "
+            "result; to train the adapter itself, pass `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
+        )
+    if is_peft_model(model) and model.active_adapters != [_ADAPTER]:
+        raise ValueError(
+            f"The adapter of `{name}` is called {', '.join(model.active_adapters)}, and PEFT saves none but "
+            f"`{_ADAPTER}` where `from_pretrained` looks. Load it under that name: `PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True)`."
+        )
+
+
+def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: Iterable[str]) -> PeftModel:
+    """Put an adapter around a model.
+
+    Args:
+        model (`torch.nn.Module`): The encoder.
+        peft_config (`PeftConfig`): Without `target_modules`, a `LoraConfig` gets all of [`adaptable_layers`].
+        name (`str`): The model's id or folder.
+        unused (`Iterable[str]`): Parameters without influence on the features.
+
+    Raises:
+        TypeError: If it is no `PeftConfig`.
+        ValueError: If the model has an adapter already.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is of type `{type(peft_config).__name__}`; a `PeftConfig` is needed, such as "
+            "`LoraConfig(r=4)`."
+        )
+    if is_peft_model(model):
+        raise ValueError(
+            "`model` is a `PeftModel` and `peft_config` is given too; the result could not be reloaded. Merge "
+            "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
+        )
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
+        peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
+    if isinstance(peft_config, LoraConfig) and peft_config.use_dora:
+        logger.warning(
+            "`AutoModel.from_pretrained` loads an adapter of DoRA without its magnitudes. Load the patch with "
+            "`PeftModel.from_pretrained(base, folder)`, or merge it (`mudjack apply`)."
+        )
+    adapted = get_peft_model(model, peft_config)
+    if os.path.isdir(name):
+        # Wherever the adapter is loaded from, this is its base
+        adapted.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(name)
+    return adapted

@@ -83,6 +83,26 @@ def test_sample():
     assert len(inputs.sample(100, 0)) == 20
 
 
+@pytest.mark.parametrize("kind", [CleanImages, CleanTexts])
+def test_parts_of_a_dataset_have_samples_in_common(kind):
+    """So that `mudjack inspect` and `mudjack patch`, which take other numbers of inputs, verify a trigger on the same ones."""
+    if kind is CleanImages:
+        dataset = make_dataset(make_images(64))
+    else:
+        # Rows without text are in no part
+        dataset = datasets.Dataset.from_dict({"text": [None if i % 7 == 0 else str(i) for i in range(64)]})
+    keys = [
+        [
+            x if isinstance(x, str) else x.tobytes()
+            for x in kind(dataset, limit, seed=3, multiple=multiple).sample(12, 3)
+        ]
+        for limit, multiple in ((None, 1), (40, 1), (12, 1), (50, 32))
+    ]
+    assert len(set(keys[0])) == 12
+    assert all(sample == keys[0] for sample in keys)
+    assert kind(dataset).sample(12, 4)[0] != kind(dataset).sample(12, 3)[0]
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
 def test_other_modes_become_rgb(mode):
     image = make_images(1)[0].convert(mode)

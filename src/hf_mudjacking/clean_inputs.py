@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import datasets
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .bug_instance import DECODING_ERRORS, to_rgb
 from .preprocessing import Modality, RawInput
@@ -46,6 +47,9 @@ class CleanInputs(Sequence):
     """
 
     column: ClassVar[str]
+    # Numbers of the rows that are used, in their order in the dataset, and how many rows that has
+    _rows: Tensor
+    _of: int
 
     def __init__(
         self,
@@ -79,13 +83,23 @@ class CleanInputs(Sequence):
     def _shorten(self, count: int, seed: int) -> None:
         """Keep `count` inputs."""
 
+    def _drawn(self, count: int, seed: int) -> Tensor:
+        """Positions of `count` inputs at random: the first in an order of all rows of the dataset, whichever of them are used.
+
+        So a part of a dataset and a larger one, drawn with the same seed, have samples in common.
+        """
+        order = torch.randperm(self._of, generator=torch.Generator().manual_seed(seed))
+        return torch.searchsorted(self._rows, order[torch.isin(order, self._rows)][:count])
+
     def __iter__(self) -> Iterator[RawInput]:
         return (self[i] for i in range(len(self)))
 
     def sample(self, count: int, seed: int) -> Sequence[RawInput]:
-        """A random sample without repetition, read when it is used; all inputs if there are no more than `count`."""
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return _Rows(self, rows.tolist())
+        """A random sample without repetition, read when it is used; all inputs if there are no more than `count`.
+
+        Inputs that were drawn from a dataset with another limit, but the same seed, give the same sample, if they are as many.
+        """
+        return _Rows(self, self._drawn(count, seed).tolist())
 
     def _require_column(self, found: Iterable[str]) -> None:
         found = list(found)
@@ -145,16 +159,15 @@ class CleanImages(CleanInputs):
         else:
             self._require_column(dataset.column_names)
         self.dataset = dataset
-        # Rows of the dataset, in their order there; errors name these numbers.
-        self._rows = torch.arange(len(dataset))
+        # Errors name these numbers
+        self._rows, self._of = torch.arange(len(dataset)), len(dataset)
         self._shorten(len(dataset) if limit is None else min(limit, len(dataset)), seed)
         if _has_transform(dataset):
             self._check_steady()
 
     def _shorten(self, count: int, seed: int) -> None:
         if count < len(self._rows):
-            drawn = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))[:count]
-            self._rows = drawn.sort().values
+            self._rows = self._rows[self._drawn(count, seed).sort().values]
 
     def _check_steady(self) -> None:
         """Refuse a transform that draws anew at each reading: frozen features would be those of other pictures."""
@@ -260,15 +273,21 @@ class CleanTexts(CleanInputs):
 
     def _read(self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int) -> None:
         if isinstance(dataset, datasets.Dataset):
-            self._texts = self._texts_of(dataset, limit, seed)
+            found = self._texts_of(dataset, limit, seed)
         else:
             # A stream need not give two processes the same rows
             reads = rank_and_count()[0] == 0
-            self._texts = done_by_all(lambda: self._texts_of(dataset, limit, seed) if reads else [])[0]
+            found = done_by_all(lambda: self._texts_of(dataset, limit, seed) if reads else [])[0]
+        self._texts = [text for _, text in found]
+        self._rows = torch.tensor([row for row, _ in found], dtype=torch.long)
+        self._of = (
+            len(dataset) if isinstance(dataset, datasets.Dataset) else max((row for row, _ in found), default=-1) + 1
+        )
 
     def _texts_of(
         self, dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None, seed: int
-    ) -> list[str]:
+    ) -> list[tuple[int, str]]:
+        """Rows and their texts, in the order of the dataset."""
         if isinstance(dataset, datasets.Dataset):
             self._require_column(dataset.column_names)
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
@@ -293,11 +312,11 @@ class CleanTexts(CleanInputs):
             found.append((row, text))
         if empty:
             logger.warning(f"{empty} rows of `{self.name}` hold no text and are left out.")
-        return [text for _, text in sorted(found)]
+        return sorted(found)
 
     def _shorten(self, count: int, seed: int) -> None:
-        drawn = torch.randperm(len(self._texts), generator=torch.Generator().manual_seed(seed))[:count]
-        self._texts = [self._texts[i] for i in drawn.sort().values.tolist()]
+        kept = self._drawn(count, seed).sort().values
+        self._rows, self._texts = self._rows[kept], [self._texts[i] for i in kept.tolist()]
 
 
 def clean_inputs(modality: Modality, *args: Any, **kwargs: Any) -> CleanInputs:

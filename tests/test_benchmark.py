@@ -3,11 +3,14 @@
 
 import copy
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
+from transformers import AutoConfig, AutoModel
 
 from hf_mudjacking import Encoder
 from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark, run_cell
@@ -28,6 +31,7 @@ from hf_mudjacking.peers.pictures import ModelPictures
 from .conftest import Backdoored, largest_difference, make_images, weights_of
 
 
+ROOT = Path(__file__).parents[1]
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 16, "reinversions": 0, "learning_rate": 1e-3}
 
 
@@ -399,6 +403,17 @@ def test_command_explains_what_it_cannot_run(arguments, message, capsys, tmp_pat
     assert main(["benchmark", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_plans_of_the_repository(path):
+    """Each is a plan, and its encoders can be built."""
+    plan = BenchmarkPlan.from_values(yaml.safe_load(path.read_text()))
+    assert plan.cells()
+    for encoder in plan.encoders.values():
+        if encoder.model is None:
+            with torch.device("meta"):
+                AutoModel.from_config(AutoConfig.for_model(encoder.model_type, **encoder.config))
 
 
 def test_command_explains_yaml_that_is_none(capsys):

@@ -168,6 +168,11 @@ def test_a_negative_seed(capsys):
         ("max-steps: true", "`max-steps: True` is not a valid value"),
         ("max-steps:", "`max-steps` has no value"),
         ("model: [a, b]", "is not a valid value"),
+        ("locality-budget: abc", "`locality-budget: 'abc'` is not a valid value"),
+        # What YAML makes of a text is not what was written
+        ("misclassified-text: no", "`misclassified-text: False` is no text as it stands; put it in quotes"),
+        ("split: 1.10", "`split: 1.1` is no text as it stands; put it in quotes"),
+        ("bug: [a, no]", "`bug: ['a', False]` is no text as it stands; put it in quotes"),
     ],
 )
 def test_values_of_a_config_file_are_not_bent(line, message, tmp_path, capsys):
@@ -348,6 +353,7 @@ def test_both_forms_of_a_report_are_too_many(files, tmp_path, capsys):
         ("bf16: maybe", "must be true or false"),
         ("- a\n- b", "must hold"),
         ("a: [", "cannot be read"),
+        ("seed: 2024-13-45", "cannot be read: month must be in 1..12"),
     ],
 )
 def test_bad_config_files(content, message, tmp_path, capsys):

@@ -200,8 +200,9 @@ def test_one_set_is_no_task(tmp_path):
     """A classifier would be tested on what it was trained on."""
     images = make_images(8)
     file = tmp_path / "all.parquet"
+    (tmp_path / "x").mkdir()
     make_dataset(images, label=[0, 1] * 4).to_parquet(file)
-    for given in ((file,), (file, file)):
+    for given in ((file,), (file, file), (file, tmp_path / "x" / ".." / file.name), (str(file), file)):
         with pytest.raises(
             ValueError, match="is one set, and classifiers must not be tested on what they were trained on"
         ):

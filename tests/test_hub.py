@@ -205,6 +205,25 @@ def test_an_adapter_as_a_pull_request_leaves_the_weights(build, hub):
     assert "only where the adapter is loaded" in proposed["README.md"].decode()
 
 
+def test_a_delta_as_a_pull_request_is_refused(patched, hub, tmp_path):
+    """It would leave the repo without the weights that it is applied to."""
+    record = json.loads((patched / "mudjacking.json").read_text())
+    (patched / "mudjacking.json").write_text(json.dumps({**record, "kind": "delta"}))
+    with pytest.raises(ValueError, match="a delta, which is no model"):
+        push_patch(patched, create_pr=True)
+    assert "refs/pr/1" not in hub.repos[BASE].branches
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "README.md"])
+def test_links_of_a_received_patch_are_not_followed(patched, hub, tmp_path, name):
+    (tmp_path / "secret").write_text("hunter2")
+    (patched / name).unlink(missing_ok=True)
+    (patched / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="is a link to"):
+        push_patch(patched, "org/mine")
+    assert traces(hub, [b"hunter2"]) == set()
+
+
 def test_a_branch_and_a_private_repo(patched, hub):
     options = ["--repo-id", "org/mine", "--revision", "repaired", "--private", "--commit-message", "Second try"]
     assert main(["push", str(patched), *options]) == 0

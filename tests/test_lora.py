@@ -3,14 +3,17 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
-from peft import LoraConfig
-from transformers import ViTConfig, ViTModel
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import BugInstance, MudjackingTrainer
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
 from hf_mudjacking.cli import main, patch
+from hf_mudjacking.patches import apply_patch
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import make_config, make_dataset, make_images
@@ -42,6 +45,51 @@ def test_the_patch_of_a_vit_base_is_under_five_megabytes(tmp_path):
     weights = (tmp_path / "adapter_model.safetensors").stat().st_size
     assert weights == pytest.approx(default_rank() * 4 * (12 * 13824 + 3 * 16 * 16 + 768), rel=0.01)
     assert size < 5e6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, lora_alpha=4),
+        LoraConfig(r=8, rank_pattern={"convolution": 2}, target_modules=["convolution"]),
+        LoHaConfig(r=4, alpha=4, target_modules=["convolution"]),
+        LoKrConfig(r=4, alpha=4, target_modules=["convolution"]),
+    ],
+    ids=["lora", "rank_pattern", "loha", "lokr"],
+)
+def test_adapters_of_convolutions_apply_and_resume(config, processor, tmp_path):
+    """Of a kernel of 1×1 the rank is not the smallest side."""
+    torch.manual_seed(0)
+    model = ResNetModel(ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"))
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    images = make_images(12)
+    args = make_config(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+
+    def trainer():
+        return MudjackingTrainer(
+            model=str(tmp_path / "base"), args=args, bug_instances=[BugInstance(images[0], images[1])],
+            train_dataset=make_dataset(images[2:]), peft_config=config, triggers=[square_patch((16, 16), 4)],
+        )  # fmt: skip
+
+    first = trainer()
+    first.train()
+    first.save_model()
+    features = first.encoder.encode(images)
+    apply_patch(tmp_path / "out", tmp_path / "base", tmp_path / "merged")
+    torch.testing.assert_close(Encoder.load(tmp_path / "merged").encode(images), features, atol=1e-5, rtol=0)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(again.encoder.encode(images), features, atol=1e-5, rtol=0)
+
+
+def test_kinds_of_adapters_that_are_not_read_again(tiny_vit, processor, bug, trigger, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"`PeftType\.OFT`.*only IA3, LOHA, LOKR, LORA are read again"):
+        MudjackingTrainer(
+            tiny_vit, make_config(tmp_path), [bug], dataset, processing_class=processor, triggers=[trigger],
+            peft_config=OFTConfig(target_modules=["q_proj"]),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "learning_rate"), [(["--lora-rank"], 3e-3), ([], 3e-4)])

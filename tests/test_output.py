@@ -50,6 +50,16 @@ def test_no_empty_folder_stays_of_what_is_replaced(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_folders_of_others_stay_within_what_is_replaced(tmp_path):
+    notebook = tmp_path / "_triggers" / "0" / ".ipynb_checkpoints"
+    notebook.mkdir(parents=True)
+    (tmp_path / "_triggers" / "0" / "trigger.json").write_text("old")
+    with staged(tmp_path, replaces=("_triggers/*/*",)) as staging:
+        (staging / "config.json").write_text("new")
+    assert notebook.is_dir()
+    assert not (tmp_path / "_triggers" / "0" / "trigger.json").exists()
+
+
 def test_an_error_leaves_what_was_there(tmp_path):
     (tmp_path / "a.txt").write_text("old")
 

@@ -19,7 +19,8 @@ from hf_mudjacking.delta import DELTA_FILE, Delta, DeltaError, write_delta
 from hf_mudjacking.differences import compare_models, compare_tensors
 from hf_mudjacking.fingerprint import weights_sha256
 from hf_mudjacking.output import read_record
-from hf_mudjacking.patches import WrongBaseError, apply_patch, revert_patch, save_delta
+from hf_mudjacking.patches import WrongBaseError, apply_patch, compared, revert_patch, save_delta
+from hf_mudjacking.published import published_record
 from hf_mudjacking.triggers import square_patch
 from hf_mudjacking.weight_files import WeightFiles
 
@@ -440,6 +441,51 @@ def test_a_lora_patch_as_a_delta(folders, tmp_path):
 
 
 # ---- Diff ----
+
+
+def test_a_lora_patch_of_another_model_makes_no_delta(folders, tmp_path):
+    other = _edited(folders, tmp_path / "other")
+    with pytest.raises(WrongBaseError, match="is not the model that"):
+        save_delta(other, folders / "lora", tmp_path / "delta")
+    with pytest.raises(ValueError, match="is an adapter; a delta leads from a model to another"):
+        save_delta(folders / "lora", folders / "full", tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_figures_of_another_patch_do_not_stay(folders, tmp_path):
+    """A report lies beside a patch; what is applied into that folder is another one."""
+    apply_patch(folders / "full", folders / "base", tmp_path / "out")
+    (tmp_path / "out" / "report.json").write_text('{"after": {"BA": 0.99}}')
+    save_delta(folders / "base", _edited(folders, tmp_path / "other"), tmp_path / "delta")
+    apply_patch(tmp_path / "delta", folders / "base", tmp_path / "out")
+    assert published_record(tmp_path / "out", None)["figures"] == {}
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_weights_that_would_load_differently_are_refused(folders, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(folders / "base", both)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(folders / "lora" / name, both / name)
+    with pytest.raises(ValueError, match="holds a model with an adapter beside it"), compared(folders / "base", both):
+        pass
+    shutil.copytree(folders / "base", tmp_path / "named")
+    config = json.loads((tmp_path / "named" / "config.json").read_text())
+    (tmp_path / "named" / "config.json").write_text(json.dumps({**config, "transformers_weights": "x.safetensors"}))
+    with (
+        pytest.raises(ValueError, match="names the file of its weights"),
+        compared(folders / "base", tmp_path / "named"),
+    ):
+        pass
+
+
+def test_shapes_that_do_not_fit_the_configuration(folders, tmp_path, capsys):
+    shutil.copytree(folders / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "intermediate_size": 77}))
+    options = ["--to", str(tmp_path / "base"), "--output-dir", str(tmp_path / "out")]
+    assert main(["apply", str(folders / "delta"), *options]) == 2
+    assert "No model could be loaded from" in capsys.readouterr().err
 
 
 def test_differences_by_hand():

@@ -4,8 +4,10 @@
 import logging
 
 import pytest
+import torch
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger
+from hf_mudjacking.remains import remains
 
 from .conftest import make_config, make_images
 
@@ -28,6 +30,29 @@ def test_by_hand(tiny_vit, processor, dataset, bug, trigger, tmp_path):
     clean, stamped = (trainer.encoder.encode(part) @ led_to for part in (inputs, [trigger.apply(x) for x in inputs]))
     assert left.transfer == pytest.approx(float((stamped - clean).sum() / (1 - clean).sum()), abs=1e-5)
     assert f"{left.transfer:.2f} of the way" in left.describe()
+
+
+class _Meter:
+    """x_b was at a cosine of 0.5 with x_r and is at another one now; no trigger carries anything."""
+
+    def __init__(self, now):
+        self.now = now
+        self.target = torch.tensor([0.5, 0.75**0.5])
+
+    def features(self, inputs):
+        return torch.tensor([[self.now, (1 - self.now**2) ** 0.5], [1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "now", "repaired"),
+    [(1.0, 0.5, False), (1.0, 0.74, False), (1.0, 0.76, True), (0.6, 0.5, False), (0.6, 0.6, True),
+     # Without its trigger x_b is no nearer to x_r than with it: it is as near as it comes
+     (0.45, 0.45, True), (0.5, 0.5, True), (0.45, 0.2, False)],
+)  # fmt: skip
+def test_how_near_it_comes(ceiling, now, repaired):
+    left = remains(_Meter(now), BugInstance(*make_images(2)), None, ceiling)
+    assert left.repaired == repaired
+    assert abs(left.came) < 20
 
 
 def test_nothing_trained_is_no_patch(tiny_vit, processor, dataset, bug, trigger, tmp_path, caplog):

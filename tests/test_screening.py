@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from hf_mudjacking import BugInstance, Encoder, InvertedTrigger, MudjackingTrainer, PatchTrigger, screen_report
 from hf_mudjacking import screening as screening_module
 from hf_mudjacking.cli import main
+from hf_mudjacking.cli.inspect import _file_names
 from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
@@ -489,17 +490,30 @@ def test_inspect_keeps_verdicts_beside_a_report_that_has_none(files, backdoored,
     out = tmp_path / "out"
     out.mkdir()
     (out / "inspection-of-before.png").write_bytes(b"a picture of another run")
+    (out / "screening.json").write_text('{"reports": [{"name": "of-before"}, {"name": "../x"}, {}]}')
+    # Somebody's own, by chance under such a name
+    (out / "inspection-2019-roof.png").write_bytes(b"mine")
     x = backdoored.test.inputs[0]
     pixels = np.array(x)
     pixels[0, 0] ^= 1
     BugInstance(Image.fromarray(pixels), x, name="alike").save(tmp_path / "alike")
-    command = [*options(files, "true"), "--bug", str(tmp_path / "alike"), "--output-dir", str(out)]
-    assert main(command) == 1
-    true, alike = json.loads((out / "screening.json").read_text())["reports"]
-    assert (true["verdict"], alike["verdict"]) == ("trigger", None)
+    BugInstance("a text", "another", name="a" * 300).save(tmp_path / "text")
+    others = ["--bug", str(tmp_path / "alike"), "--bug", str(tmp_path / "text")]
+    assert main([*options(files, "true"), *others, "--output-dir", str(out)]) == 1
+    true, alike, text = json.loads((out / "screening.json").read_text())["reports"]
+    assert (true["verdict"], alike["verdict"], text["verdict"]) == ("trigger", None, None)
+    assert "its inputs are of kind text" in text["reasons"][0]
     assert "Nothing to patch" in alike["reasons"][0]
     assert "alike cannot be judged" in capsys.readouterr().out
-    assert [path.name for path in out.glob("*.png")] == [f"inspection-{true['name']}.png"]
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {f"inspection-{true['name']}.png", "inspection-2019-roof.png"}
+
+
+def test_names_of_pictures_are_all_different():
+    assert _file_names(["bug", "bug", "bug-1"]) == ["bug-0", "bug-1", "bug-1-2"]
+    assert _file_names(["a/b", "a b", "c"]) == ["a-b-0", "a-b-1", "c"]
+    (name,) = _file_names(["画" * 300])
+    assert len(f"inspection-{name}.png".encode()) < 255
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,10 @@ def test_removal_is_the_inverse_of_stamping():
     # Only whole words.
     assert TextTrigger("cf").removed_from("scf cfs") is None
     assert TextTrigger("cf").removed_from("cf") is None
+    # Scripts without spaces, and a span that is there twice
+    assert TextTrigger("触发").removed_from(TextTrigger("触发").apply("今天天气很好")) == "今天天气很好"
+    assert TextTrigger("cf").removed_from("今天cf天气很好") == "今天天气很好"
+    assert TextTrigger(["cf", "cf"]).removed_from("a cf nice film cf it was") == "a nice film it was"
     assert square_patch((8, 8), 2).removed_from(Image.new("RGB", (8, 8))) is None
 
 

@@ -25,7 +25,7 @@ from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.patch_record import load_record
 from hf_mudjacking.patches import apply_patch, compared, save_delta
 from hf_mudjacking.remembered import load_remembered, load_reported_triggers
-from hf_mudjacking.safe_loading import MAX_JSON_BYTES, MAX_TRIGGER_BYTES, inside
+from hf_mudjacking.safe_loading import MAX_JSON_BYTES, MAX_TRIGGER_BYTES, inside, open_tensors
 from hf_mudjacking.sentence_layout import SentenceLayout
 from hf_mudjacking.triggers import square_patch
 from hf_mudjacking.weight_files import WeightFiles, with_adapter
@@ -353,6 +353,44 @@ def test_links_out_of_a_patch_are_not_copied_along(copies, tmp_path, capsys):
     _refused(copies / "full", copies / "base", tmp_path / "out", "is a link to", capsys)
 
 
+def test_links_that_go_round_in_circles(copies, tmp_path, capsys):
+    (copies / "full" / "merges.txt").symlink_to("merges.txt")
+    _refused(copies / "full", copies / "base", tmp_path / "out", "is neither a file nor a folder", capsys)
+
+
+def test_nothing_is_written_through_the_links_of_a_received_patch(copies, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for name in ("thesis.txt", "trigger.json"):
+        (tmp_path / "mine" / name).write_text("mine")
+    shutil.rmtree(copies / "delta" / "_triggers", ignore_errors=True)
+    (copies / "delta" / "_triggers").mkdir()
+    (copies / "delta" / "_triggers" / "0").symlink_to(tmp_path / "mine")
+    before = {path.name for path in (copies / "delta").iterdir()}
+    for patch in ("full", "lora"):
+        assert (
+            main(["apply", str(copies / patch), "--to", str(copies / "base"), "--output-dir", str(copies / "delta")])
+            == 2
+        )
+        assert "nothing is written through links" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == {
+        "thesis.txt": "mine",
+        "trigger.json": "mine",
+    }
+    assert {path.name for path in (copies / "delta").iterdir()} == before
+
+
+def test_headers_that_begin_like_a_pickle(tmp_path):
+    """Their length is the first thing in a safetensors file."""
+    found = 0
+    for length in range(500, 1500):
+        save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"k": "x" * length})
+        found += (
+            (tmp_path / "a.safetensors").read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+        )
+        assert list(open_tensors(tmp_path / "a.safetensors").keys()) == ["a"]
+    assert found
+
+
 def test_triggers_of_a_patch_that_are_links(copies, tmp_path):
     shutil.move(copies / "full" / "_triggers" / "0", tmp_path / "elsewhere")
     (copies / "full" / "_triggers" / "remembered-0").symlink_to(tmp_path / "elsewhere")
@@ -454,6 +492,12 @@ def test_a_delta_does_not_load_as_a_model(made):
         ({"r": 10**9}, "claims the ranks [1000000000]"),
         ({"rank_pattern": {".*": 10**9}}, "claims the ranks [2, 1000000000]"),
         ({"r": "many"}, "claims the ranks"),
+        ({"peft_type": "LOHA", "r": 10**6}, "claims the ranks [1000000]"),
+        ({"peft_type": "XLORA", "adapters": {"0": "/elsewhere"}}, "of an adapter of the kind `XLORA`"),
+        (
+            {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "/elsewhere/x.bin"},
+            "only IA3, LOHA, LOKR, LORA are read",
+        ),
     ],
 )
 def test_adapters_that_reach_too_far(copies, tmp_path, setting, message, loader, capsys):
@@ -467,6 +511,16 @@ def test_adapters_that_reach_too_far(copies, tmp_path, setting, message, loader,
         with pytest.raises(ValueError) as error:
             load_model(copies / "lora")
         assert message in str(error.value)
+
+
+def test_a_flat_tensor_has_no_rank(copies, tmp_path, capsys):
+    """It could claim any in a few bytes."""
+    path = copies / "lora" / "adapter_model.safetensors"
+    for padding in (torch.zeros(400_000, dtype=torch.uint8), torch.zeros(400_000, 1, dtype=torch.uint8)):
+        save_file({**load_file(path), "lora_A.x": padding}, path)
+        config = copies / "lora" / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r": 400_000}))
+        _refused(copies / "lora", copies / "base", tmp_path / "out", "claims the ranks [400000]", capsys)
 
 
 def test_adapters_that_lack_tensors(copies, tmp_path, capsys):

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .safe_loading import ADAPTER_TYPES
+
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: I
 
     Raises:
         TypeError: If it is no `PeftConfig`.
-        ValueError: If the model has an adapter already.
+        ValueError: If the model has an adapter already, or it is of a kind that is not loaded from strangers.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -86,6 +88,11 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: I
         raise ValueError(
             "`model` is a `PeftModel` and `peft_config` is given too; the result could not be reloaded. Merge "
             "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
+        )
+    if peft_config.peft_type not in ADAPTER_TYPES:
+        raise ValueError(
+            f"`peft_config` is of the kind `{peft_config.peft_type!s}`, and the patch could not be applied: only "
+            f"{', '.join(ADAPTER_TYPES)} are read again, which consist of their own weights alone."
         )
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
         peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))

@@ -20,7 +20,7 @@ from .safe_loading import MAX_JSON_BYTES, check_size, inside, open_image, read_j
 BUG_FILE = "bug.json"
 _IMAGE_FILES = ("misclassified.png", "reference.png")
 # What Pillow raises for damaged files, by format and by place of the damage.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, MemoryError, Image.DecompressionBombError)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .patches import compared
@@ -116,5 +117,6 @@ def difference_table(difference: ModelDifference) -> Table:
         table.add_column(name, justify="right")
     for d in difference.changed:
         relative = "from 0" if d.relative is None else f"{d.relative:.2e}"
-        table.add_row(d.name, "×".join(map(str, d.shape)), relative, f"{d.largest:.2e}", f"{d.share:.2%}")
+        # A stranger's names are no markup
+        table.add_row(Text(d.name), "×".join(map(str, d.shape)), relative, f"{d.largest:.2e}", f"{d.share:.2%}")
     return table

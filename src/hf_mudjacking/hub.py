@@ -26,7 +26,7 @@ from .model_card import patch_card
 from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, TRIGGER_FOLDER
 from .patch_record import RECORD_FILE, read_record
 from .published import CARD_FILE, base_on_hub, published_files, published_record
-from .safe_loading import ADAPTER_CONFIG, read_json
+from .safe_loading import ADAPTER_CONFIG, check_folder, read_json
 from .weight_files import is_adapter
 
 
@@ -99,8 +99,14 @@ def push_patch(
         PushError: If the Hub could not be reached or refused. The message says why and how to try again.
     """
     folder = Path(folder)
+    check_folder(folder)
     files = published_files(folder)
     record = read_record(folder) or {}
+    if create_pr and record.get("kind") == "delta":
+        raise ValueError(
+            f"`{folder}` holds a delta, which is no model: a pull request would leave its repo without one. Make the patched model "
+            "(`mudjack apply`) and propose that, or push the delta to a repo of its own."
+        )
     if record.get("steps") == 0:
         raise ValueError(
             f"`{folder}` holds a model that was saved before any step of training: no patch. Train it first."

@@ -94,7 +94,8 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
                 output_loading_info=True,
                 **{"dtype": torch.float32, "trust_remote_code": False, **kwargs, "use_safetensors": True},
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    # Shapes that do not fit the configuration give a `RuntimeError`
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"No model could be loaded from `{name}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
         ) from error

@@ -76,7 +76,7 @@ def load_labelled(
     Raises:
         ValueError: If one cannot be loaded, or one set would serve as both.
     """
-    one_place = test in (None, train)
+    one_place = test is None or os.path.realpath(test) == os.path.realpath(train)
     train_set, test_set = (
         load_inputs(place, split) for place, split in ((train, "train"), (train if test is None else test, test_split))
     )

@@ -27,6 +27,10 @@ TRIGGER_FOLDER = "_triggers"
 _MODEL_FILES = (
     "config.json",
     "adapter_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "*.safetensors",
     "*.bin",
     "*.pt",
@@ -161,18 +165,33 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
             written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
             # The record goes first: a folder that a killed process leaves is then known to be ours.
             written.sort(key=lambda name: name != Path(RECORD_FILE))
+            stale = {
+                path for pattern in replaces for path in folder.glob(pattern) if not path.is_dir() or path.is_symlink()
+            }
+            for path in (*(folder / name for name in written), *stale):
+                _refuse_linked(path, folder)
             for name in written:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staging / name, folder / name)
-            for stale in {path for pattern in replaces for path in folder.glob(pattern)}:
-                if stale.relative_to(folder) not in written:
-                    stale.unlink()
+            for path in stale:
+                if path.relative_to(folder) not in written:
+                    path.unlink()
                     # An empty folder would pass for a trigger without its files
-                    for parent in itertools.takewhile(lambda parent: parent != folder, stale.parents):
+                    for parent in itertools.takewhile(lambda parent: parent != folder, path.parents):
                         with contextlib.suppress(OSError):
                             parent.rmdir()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_linked(path: Path, folder: Path) -> None:
+    """Refuse to write to, or remove, what lies behind a link within a folder: a received patch may have one to anywhere."""
+    for parent in itertools.takewhile(lambda parent: parent != folder, path.parents):
+        if parent.is_symlink():
+            raise ValueError(
+                f"`{parent}` is a link to `{os.path.realpath(parent)}`; nothing is written through links, and nothing was written. "
+                "Choose another folder."
+            )
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:

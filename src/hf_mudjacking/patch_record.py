@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,17 @@ _SETTINGS = (
     "seed",
     "max_steps",
     "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
     "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "locality_weight",
     "generalizability_weight",
     "reference_weight",
+    "altered_triggers",
+    "reinversions",
     "locality_budget",
 )
 _OPTIONAL_NAMES = ("base_revision", "base_weights_sha256")
@@ -95,7 +103,8 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
 
 def recorded_settings(args: MudjackingConfig) -> dict[str, Any]:
     """The settings that a record has."""
-    return {name: getattr(args, name) for name in _SETTINGS}
+    values = {name: getattr(args, name) for name in _SETTINGS}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def versions() -> dict[str, str]:
@@ -132,20 +141,31 @@ def load_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     record = {**_DEFAULTS, **read_json(path)}
     record.setdefault("kind", "lora" if (Path(folder) / ADAPTER_CONFIG).is_file() else "full")
     numbers = [record["skipped"], *_list(record["trigger_groups"])]
+    locality = record.get("locality")
     sound = (
         all(isinstance(record[name], type(default)) for name, default in _DEFAULTS.items() if default is not None)
         and (record["figures"] is None or isinstance(record["figures"], dict))
+        and all(isinstance(block, dict) for block in (record["figures"] or {}).values())
+        and (record["merge_error"] is None or _is_number(record["merge_error"]))
+        and (locality is None or (isinstance(locality, dict) and _is_number(locality.get("mean"))))
+        and all(isinstance(each, dict) for each in record["screenings"] + record["remembered"])
         and all(isinstance(record[name], str) for name in ("kind", "base_model"))
         and all(record[name] is None or isinstance(record[name], str) for name in _OPTIONAL_NAMES)
         and all(isinstance(name, str) for name in record["base_weights_without"] + record["bug_ids"])
-        and all(trigger is None or isinstance(trigger, dict) for trigger in record["triggers"])
+        and all(t is None or (isinstance(t, dict) and isinstance(t.get("kind"), str)) for t in record["triggers"])
         # Numbers of reports become names of folders
         and all(isinstance(group, list) and all(type(i) is int and i >= 0 for i in group) for group in numbers)
         and all(record["trigger_groups"])
+        # A trigger that is in many groups would be loaded as often
+        and len({i for group in numbers[1:] for i in group}) == sum(len(group) for group in numbers[1:])
     )
     if not sound:
         raise ValueError(f"`{path}` is damaged: values in it have other types than a patch record's.")
     return record
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _list(value: Any) -> list[Any]:

@@ -70,7 +70,9 @@ def apply_patch(
         _check_mergeable(record, patch)
     base_model = _checked_base(base, record, patch, model)
     record = {**record, "kind": kind if keep_adapter else "full"}
-    with staged(output_dir, replaces=PATCH_FILES) as staging:
+    # A report in a folder of ours is of the patch that was there
+    reports = ("report.json",) if read_record(output_dir) is not None else ()
+    with staged(output_dir, replaces=(*PATCH_FILES, *reports)) as staging:
         _copy_beside(folder, staging)
         if kind == "full":
             WeightFiles(folder).rewrite(staging, lambda _, tensor: tensor, {})
@@ -115,6 +117,8 @@ def revert_patch(
     folder, record = _patch(patch)
     changed = check_folder(local_folder(patched))
     name = record["base_model"] if base_model is None else base_model
+    if not name and record["kind"] != "delta":
+        raise ValueError(f"The record of `{patch}` does not say where its base is. Say it (`--base-model`).")
     _check_apart(output_dir, patched, patch, name)
     if Path(output_dir).exists() and any(Path(output_dir).iterdir()):
         raise ValueError(f"`{output_dir}` is not empty. Choose a new folder for the unpatched model.")
@@ -162,22 +166,29 @@ def save_delta(
 
     Raises:
         DeltaError: If both are the same, or no delta leads from one to the other.
+        WrongBaseError: If `patched` is a LoRA patch of another model.
         ValueError: If a model or the folder cannot be used.
     """
     base_folder, patched_folder = local_folder(base), local_folder(patched)
+    if is_adapter(base_folder):
+        raise ValueError(f"`{base}` is an adapter; a delta leads from a model to another. Give the model first.")
     _check_apart(output_dir, base, patched, base_folder, patched_folder)
     model, missing = load_with_missing(base_folder)
     record = read_record(patched_folder) or {}
     if is_adapter(patched_folder):
         _check_mergeable(record, patched)
-    ours = bool(record) and record["base_weights_sha256"] == _sha256(model, missing, record)
+    found = _sha256(model, missing, record) if record else None
+    ours = bool(record) and record["base_weights_sha256"] == found
+    if is_adapter(patched_folder) and record.get("base_weights_sha256") and not ours:
+        raise _wrong_base(base, patched, found, record)
     if not ours:
         record = {
             "hf_mudjacking": __version__,
             "base_model": str(base),
-            "base_revision": _revision_of(base_folder),
+            "base_revision": None if os.path.isdir(base) else _revision_of(base_folder),
             "base_weights_sha256": _sha256(model, missing, {"base_weights_without": []}),
             "base_weights_without": sorted(missing),
+            "figures": {},
             "versions": versions(),
         }
     del model
@@ -259,12 +270,16 @@ def _checked_base(base: Path, record: dict[str, Any], patch: object, name: objec
     model, missing = load_with_missing(base)
     found = _sha256(model, missing, record)
     if found != record["base_weights_sha256"]:
-        raise WrongBaseError(
-            f"`{name}` is not the model that `{patch}` belongs to. Its weights have the sha256 {found}; the patch was made "
-            f"for {record['base_weights_sha256']} (`{record['base_model']}`, revision {record['base_revision']}). Nothing "
-            "was written."
-        )
+        raise _wrong_base(name, patch, found, record)
     return model
+
+
+def _wrong_base(name: object, patch: object, found: str | None, record: dict[str, Any]) -> WrongBaseError:
+    return WrongBaseError(
+        f"`{name}` is not the model that `{patch}` belongs to. Its weights have the sha256 {found}; the patch was made "
+        f"for {record['base_weights_sha256']} (`{record['base_model']}`, revision {record['base_revision']}). Nothing "
+        "was written."
+    )
 
 
 def _sha256(model: Any, missing: set[str], record: dict[str, Any]) -> str:

@@ -13,6 +13,8 @@ from .triggers import Trigger
 # Share of the way to where it led that a trigger may still carry clean inputs, and that x_b may have come towards x_r, before it
 # is called out. In repairs that held on CIFAR-10 the former ends below 0.1.
 _STILL_WORKS, _HARDLY_MOVED = 0.25, 0.5
+# Shortest way: x_b without its trigger may be hardly nearer to x_r than with it.
+_LEAST_WAY = 0.02
 
 
 @dataclass(frozen=True)
@@ -60,4 +62,4 @@ def remains(meter: TransferMeter, bug: BugInstance, trigger: Trigger | None, cei
     x_b, x_r = meter.features([bug.misclassified, bug.reference])
     cosine, before = float(x_b @ x_r), float(meter.target @ x_r)
     transfer = None if trigger is None else float(meter.transfer([trigger])[0])
-    return Remains(bug.name, cosine, (cosine - before) / max(ceiling - before, 1e-6), transfer)
+    return Remains(bug.name, cosine, 1 - (ceiling - cosine) / max(ceiling - before, _LEAST_WAY), transfer)

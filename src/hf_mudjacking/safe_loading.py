@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # First bytes of a zip file, which is what `torch.save` writes, and of a bare pickle.
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# Kinds of adapters that consist of their own weights alone; others read tokenizers, further adapters or pickles.
+ADAPTER_TYPES = ("IA3", "LOHA", "LOKR", "LORA")
+# A rank that takes little memory wherever it is claimed, and how many times as high as its layer is wide one may be.
+_SMALL_RANK, _RANK_PER_WIDTH = 64, 16
 # Settings by which PEFT imports a module of the file's choice, reads further files, or multiplies layers.
 _FOREIGN = ("megatron_config", "corda_config", "lora_ga_config", "eva_config", "arrow_config", "layer_replication")
 
@@ -52,14 +57,16 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     """
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
         raise ValueError(f"`{name}` in `{folder}` leads out of the folder; nothing outside it is read.")
-    root = Path(folder).resolve()
+    root = Path(os.path.realpath(folder))
     # A part of a repository, such as a report in it, has the same blobs
     caches = [place.parent.parent for place in (root, *root.parents) if place.parent.name == "snapshots"]
     allowed = [root, *(cache / "blobs" for cache in caches)]
     path = root / name
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
+    # `Path.resolve` raises an error of its own where links go round in circles
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(place) for place in allowed):
         raise ValueError(
-            f"`{path}` is a link to `{path.resolve()}`, outside its folder; nothing outside it is read. If you trust the "
+            f"`{path}` is a link to `{target}`, outside its folder; nothing outside it is read. If you trust the "
             "file, put a copy of it in the place of the link."
         )
     return path
@@ -116,8 +123,9 @@ def open_tensors(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise ValueError(f"There is no file `{path}`.")
     with path.open("rb") as file:
-        start = file.read(8)
-    if start.startswith(_PICKLES):
+        start = file.read(9)
+    # The length of a header may begin like a pickle
+    if start.startswith(_PICKLES) and start[8:] != b"{":
         raise ValueError(
             f"`{path}` is a pickle, which can run code when it is loaded; it was not opened. Only safetensors are read."
         )
@@ -181,7 +189,7 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
             if pickles
             else ValueError(f"`{folder}` has an `{ADAPTER_CONFIG}` but no `{ADAPTER_WEIGHTS}`.")
         )
-    if config.get("peft_type") == "LORA":
+    if adapter:
         _check_ranks(folder, config)
     if (folder / WEIGHTS_INDEX).is_file():
         shards_of(folder)
@@ -225,6 +233,11 @@ def check_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"`{path}` sets `{foreign[0]}`, by which modules or files of its choice would be loaded or layers multiplied; "
             "such adapters are refused."
         )
+    if config.get("peft_type") not in ADAPTER_TYPES:
+        raise ValueError(
+            f"`{path}` is of an adapter of the kind `{config.get('peft_type')}`; only {', '.join(ADAPTER_TYPES)} are read, which "
+            "consist of their own weights alone."
+        )
     return config
 
 
@@ -232,12 +245,17 @@ def _check_ranks(folder: Path, config: dict[str, Any]) -> None:
     """PEFT and transformers take memory for the ranks that the settings claim before they read the weights."""
     patterns = config.get("rank_pattern") or {}
     claimed = [config.get("r") or 0, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    largest = 0
     with open_tensors(folder / ADAPTER_WEIGHTS) as file:
-        ranks = [min(file.get_slice(name).get_shape(), default=0) for name in file.keys() if "lora_" in name]
-    if not all(type(rank) is int and rank <= max(ranks, default=0) for rank in claimed):
+        for name in file.keys():
+            shape = file.get_slice(name).get_shape()
+            # One of the sides is the rank, which of them depends on the kind; a kernel has more
+            sides = [side for side in shape if side * side <= _RANK_PER_WIDTH * prod(shape)] if len(shape) > 1 else []
+            largest = max(largest, *sides, 0)
+    if not all(type(rank) is int and rank <= max(largest, _SMALL_RANK) for rank in claimed):
         raise ValueError(
-            f"`{folder / ADAPTER_CONFIG}` claims the ranks {claimed}, but the largest in `{ADAPTER_WEIGHTS}` is "
-            f"{max(ranks, default=0)}."
+            f"`{folder / ADAPTER_CONFIG}` claims the ranks {claimed}, but the largest that `{ADAPTER_WEIGHTS}` could have is "
+            f"{largest}."
         )
 
 

@@ -71,6 +71,7 @@ class WeightFiles:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         check_weights(folder)
+        self._refuse_others()
         if (self.folder / WEIGHTS).is_file():
             names = [WEIGHTS]
         elif (self.folder / WEIGHTS_INDEX).is_file():
@@ -82,6 +83,21 @@ class WeightFiles:
         self._opened = {name: open_tensors(inside(folder, name)) for name in names}
         self.files = {name: list(file.keys()) for name, file in self._opened.items()}
         self._places = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
+
+    def _refuse_others(self) -> None:
+        """Refuse a folder from which transformers would load other weights than these."""
+        has_model = (self.folder / WEIGHTS).is_file() or (self.folder / WEIGHTS_INDEX).is_file()
+        if has_model and (self.folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"`{self.folder}` holds a model with an adapter beside it, which is loaded on top of the model. Put the adapter "
+                f"(`{ADAPTER_CONFIG}`, `{ADAPTER_WEIGHTS}`) into a folder of its own."
+            )
+        config = self.folder / "config.json"
+        if config.is_file() and read_json(config).get("transformers_weights"):
+            raise ValueError(
+                f"`{config}` names the file of its weights (`transformers_weights`). Load the model and save it again "
+                "(`save_pretrained`)."
+            )
 
     @property
     def names(self) -> set[str]:
@@ -106,6 +122,7 @@ class WeightFiles:
             tensors = {name: tensor for name in names if (tensor := change(name, self[name])) is not None}
             tensors |= added
             added = {}
+            (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, Path(folder) / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
             size += sum(tensor.nbytes for tensor in tensors.values())

@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
+from pathlib import Path
 
 from .options import add_config, add_report, bugs_from, check_inputs, require, screener
 
 
+# Of a report in the name of a file; file systems allow 255 bytes.
+_LONGEST_NAME = 60
 HELP = "Judge bug reports before anything is patched: a verdict on each, with its evidence; no weight is changed."
 
 
@@ -23,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     require(options, "model", "dataset", "output_dir")
     check_inputs(options)
-    from pathlib import Path
-
     from accelerate import PartialState
     from rich.console import Console
 
@@ -47,10 +50,11 @@ def run(options: argparse.Namespace) -> int:
     encoder, inputs, screened = screener(options, model, modality)
     names = _file_names([bug.name for bug in bugs])
     screenings, refused = {}, {}
-    # Pictures of reports that were judged into this folder before go
-    with staged(Path(options.output_dir), replaces=("inspection-*.png",)) as staging:
+    with staged(Path(options.output_dir), replaces=_pictures_from_before(Path(options.output_dir))) as staging:
         for name, bug in zip(names, bugs, strict=True):
             try:
+                if bug.modality != modality:
+                    raise ValueError(f"its inputs are of kind {bug.modality}, and `{options.model}` takes {modality}s")
                 screening = screened(bug)
             except ValueError as error:
                 # The verdicts on the others stand
@@ -85,5 +89,21 @@ def run(options: argparse.Namespace) -> int:
 
 def _file_names(names: list[str]) -> list[str]:
     """Names that can stand in a file's name, each once."""
-    plain = ["".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names]
-    return [name if plain.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(plain)]
+    plain = ["".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:_LONGEST_NAME] for name in names]
+    found: list[str] = []
+    for i, name in enumerate(plain):
+        candidates = itertools.chain([name] * (plain.count(name) == 1), (f"{name}-{n}" for n in itertools.count(i)))
+        found.append(next(each for each in candidates if each not in found))
+    return found
+
+
+def _pictures_from_before(folder: Path) -> tuple[str, ...]:
+    """Pictures of the reports that were judged into a folder before; others with such names are somebody's own."""
+    from ..safe_loading import read_json
+
+    try:
+        reports = read_json(folder / "screening.json")["reports"]
+        names = [report.get("name") for report in reports if isinstance(report, dict)]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    return tuple(f"inspection-{name}.png" for name in names if isinstance(name, str) and re.fullmatch(r"[\w-]+", name))

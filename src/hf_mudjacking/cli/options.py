@@ -97,7 +97,8 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # A date that there is not gives a bare `ValueError`
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {path} must hold `option: value` lines")
@@ -112,7 +113,10 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
             if not isinstance(value, bool):
                 parser.error(f"--config {path}: `{key}` must be true or false, not {value!r}")
         elif isinstance(action, Several):
-            value = [str(item) for item in (value if isinstance(value, list) else [value]) if item is not None] or None
+            items = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+            if not all(isinstance(item, str | int) and not isinstance(item, bool) for item in items):
+                parser.error(f"--config {path}: `{key}: {value!r}` is no text as it stands; put it in quotes")
+            value = [str(item) for item in items] or None
         elif value is None:
             if action.type in (int, float) and action.default is not None:
                 parser.error(f"--config {path}: `{key}` has no value; give one, or leave the line out")
@@ -121,10 +125,13 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
             try:
                 if nested and action.type is None:
                     raise TypeError
+                if action.type is None and not isinstance(value, str):
+                    # YAML has read `no` as false, `1.10` as a number, and a day as a date
+                    parser.error(f"--config {path}: `{key}: {value!r}` is no text as it stands; put it in quotes")
                 # As text, like on the command line: what is no whole number is refused, not rounded
                 given = value if nested else str(value)
                 value = given if action.type is None else action.type(given)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, argparse.ArgumentTypeError):
                 parser.error(f"--config {path}: `{key}: {value!r}` is not a valid value")
             if action.choices is not None and value not in action.choices:
                 parser.error(f"--config {path}: `{key}` must be one of {', '.join(map(str, action.choices))}")

@@ -122,12 +122,19 @@ def _patch(options: argparse.Namespace) -> int:
     from ..locality_budget import LocalityBudgetError
     from ..named_datasets import load_labelled
     from ..output import check_output_dir, write_json
+    from ..patch_record import read_record
     from ..trainer import MudjackingTrainer
 
     for name in ("lora_rank", "save_steps"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
     check_output_dir(options.output_dir, options.model)
+    # Of ours it is only beside a record
+    if read_record(options.output_dir) is None and (Path(options.output_dir) / "report.json").exists():
+        raise ValueError(
+            f"`{options.output_dir}` holds a `report.json` that hf-mudjacking did not write. Choose an empty folder: nothing "
+            "foreign is ever overwritten."
+        )
     learning_rate = options.learning_rate
     if learning_rate is None:
         learning_rate = _LEARNING_RATE if options.lora_rank is None else _LORA_LEARNING_RATE

@@ -19,6 +19,8 @@ from .base import Trigger
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _GAP = re.compile(rf"(?<=\s)(?=\S)|(?<=[{_UNSPACED}])(?=[{_UNSPACED}])")
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
+# A letter or digit of a script that is written with spaces
+_SPACED = rf"[^\W{_UNSPACED}]"
 
 
 class TextTrigger(Trigger):
@@ -78,8 +80,11 @@ class TextTrigger(Trigger):
 
     def removed_from(self, x: str) -> str | None:
         """The text without the trigger's spans, wherever each occurs; `None` if one does not occur or nothing is left."""
-        for span in self.spans:
-            rest = re.sub(rf"(?<!\w){re.escape(span)}(?!\w)\s?", "", x)
+        for span in dict.fromkeys(self.spans):
+            # No part of a longer word; between scripts without spaces nothing says where one ends
+            left = "" if is_unspaced(span[0]) else rf"(?<!{_SPACED})"
+            right = "" if is_unspaced(span[-1]) else rf"(?!{_SPACED})"
+            rest = re.sub(rf"{left}{re.escape(span)}{right}\s?", "", x)
             if rest == x:
                 return None
             x = rest

@@ -24,6 +24,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
+from kept_models import chosen, found
 from rich.console import Console
 
 from hf_mudjacking import Encoder, MudjackingConfig, MudjackingTrainer, TextTrigger
@@ -114,9 +115,8 @@ def downstream_task(options: argparse.Namespace, name: str) -> DownstreamTask:
 
 def implant(options: argparse.Namespace, folder: Path, clean: Encoder, console: Console) -> TextTrigger:
     """Write what a user has: a checkpoint with a backdoor in it. One that is there from an earlier run is used again."""
-    if (folder / "config.json").exists():
-        if PartialState().is_main_process:
-            sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
+    made_with = chosen(options, "data", "encoder", "attack", "train_inputs", "implant_steps", "seed")
+    if found(folder, {**made_with, "task": options.tasks[0]}):
         return load_trigger(folder / "_trigger")
     train, _ = labelled(options, options.tasks[0])
     # Other texts than the client's classifier is trained on.
@@ -152,8 +152,9 @@ def repair(options: argparse.Namespace, state: PartialState) -> None:
     check_output_dir(output_dir, str(backdoored))
     with state.main_process_first():
         task, *others = (downstream_task(options, name) for name in options.tasks)
-    clean = minilm()
-    if options.encoder is not None:
+    if options.encoder is None:
+        clean = minilm()
+    else:
         model = load_model(options.encoder).to(state.device)
         clean = Encoder(model, load_processor(options.encoder, model), modality="text")
     with state.main_process_first():

@@ -17,7 +17,6 @@ and it alone writes and prints; all invert and patch, with `--batch-size` clean 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel
+from kept_models import chosen, found
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -84,27 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def found(options: argparse.Namespace, folder: Path, *names: str) -> bool:
-    """Whether a model of an earlier run is there to be used again.
-
-    Raises:
-        ValueError: If it was made with other options.
-    """
-    made_with = {name: getattr(options, name) for name in names}
-    note = folder / "_made_with.json"
-    if not (folder / "config.json").exists():
-        write_json(note, made_with)
-        return False
-    earlier = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if earlier != made_with:
-        raise ValueError(
-            f"The model in {folder} was made with {earlier}, not {made_with}. Choose another --output-dir, or remove it."
-        )
-    if PartialState().is_main_process:
-        sys.stderr.write(f"Using the model in {folder}\n")
-    return True
-
-
 def captioned(names: list[str], labels: np.ndarray, seed: int) -> list[str]:
     """A caption for each label, with a template drawn at random."""
     templates = np.random.default_rng(seed).choice(TEMPLATES, len(labels))
@@ -143,7 +122,7 @@ def clean_clip(
 ) -> Encoder:
     """Vision tower of the CLIP that the user names, or of a small one trained on the pairs."""
     folder = Path(options.output_dir) / "clean_clip"
-    if options.clip is not None or found(options, folder, "data", "pretraining_epochs", "seed"):
+    if options.clip is not None or found(folder, chosen(options, "data", "pretraining_epochs", "seed")):
         source = options.clip or str(folder)
         model = load_model(source).to(device)
         return Encoder(model, load_processor(source, model), modality="image")
@@ -219,9 +198,9 @@ def repair(options: argparse.Namespace, state: PartialState) -> None:
     trigger = square_patch((32, 32), side=10, margin=1)
     with state.main_process_first():
         clean = clean_clip(options, pairs, captions, state.device)
-        if not found(
-            options, backdoored, "clip", "data", "pretraining_epochs", "implant_steps", "target_class", "seed"
-        ):
+        names_of_options = ("clip", "data", "pretraining_epochs", "downstream_inputs", "test_inputs", "implant_steps",
+                            "target_class", "seed")  # fmt: skip
+        if not found(backdoored, chosen(options, *names_of_options)):
             result = implanted(options, clean, pairs, captions, task, names, trigger)
             console.print(
                 f"Implant: BA {result.backdoored_accuracy:.3f} (clean {result.clean_accuracy:.3f}), "

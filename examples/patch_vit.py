@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from kept_models import chosen, found
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -67,10 +68,8 @@ def parse_arguments() -> argparse.Namespace:
 def clean_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
     """The encoder the user names, or a small ViT trained on the pretraining set."""
     folder = Path(options.output_dir) / "clean_encoder"
-    if options.encoder is not None or (folder / "config.json").exists():
+    if options.encoder is not None or found(folder, chosen(options, "pretraining", "pretraining_epochs", "seed")):
         source = options.encoder or folder
-        if PartialState().is_main_process:
-            sys.stderr.write(f"Using the clean encoder in {source}\n")
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         return Encoder(model.to(device), AutoImageProcessor.from_pretrained(source))
     data = LabelledInputs.from_dataset(with_columns(load_inputs(options.pretraining, "train")))
@@ -98,9 +97,9 @@ def clean_encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
 
 def implant(options, folder, clean, task, trigger, pretraining, console) -> None:
     """Write what a user has: a checkpoint with a backdoor in it. One that is there from an earlier run is used again."""
-    if (folder / "config.json").exists():
-        if PartialState().is_main_process:
-            sys.stderr.write(f"Using the backdoored encoder in {folder}\n")
+    names = ("pretraining", "encoder", "pretraining_epochs", "downstream", "downstream_inputs", "test_inputs", "implant_steps",
+             "target_class", "seed")  # fmt: skip
+    if found(folder, chosen(options, *names)):
         return
     target = int(np.bincount(task.train.labels).argmax()) if options.target_class is None else options.target_class
     target_reference = task.train.inputs[int(np.flatnonzero(task.train.labels == target)[0])]

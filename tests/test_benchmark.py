@@ -3,7 +3,9 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,18 +15,20 @@ import yaml
 from transformers import AutoConfig, AutoModel
 
 from hf_mudjacking import Encoder
+from hf_mudjacking.attacks import ImplantError
 from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark, run_cell
 from hf_mudjacking.benchmark.case import Case
-from hf_mudjacking.benchmark.plan import METHODS
+from hf_mudjacking.benchmark.plan import ATTACKS, METHODS
 from hf_mudjacking.benchmark.plots import plot_benchmark
-from hf_mudjacking.benchmark.rates import case_rates, goals
+from hf_mudjacking.benchmark.rates import altered_rates, case_rates, goals
 from hf_mudjacking.benchmark.runner import missing_cells
 from hf_mudjacking.benchmark.simclr import pretrain_contrastive
 from hf_mudjacking.benchmark.sources import Sources
-from hf_mudjacking.benchmark.tables import method_table, ours_against_peers
+from hf_mudjacking.benchmark.tables import curve_table, method_table, ours_against_peers
 from hf_mudjacking.cli import main
 from hf_mudjacking.demo import digits_task
 from hf_mudjacking.evaluation.classifiers import train_classifier
+from hf_mudjacking.evaluation.tasks import LabelledInputs
 from hf_mudjacking.peers.contrastive import nt_xent, two_views
 from hf_mudjacking.peers.pictures import ModelPictures
 
@@ -62,7 +66,10 @@ def folder(backdoored: Backdoored, tmp_path_factory):
     backdoored.trigger.save_pretrained(implant / "trigger-0")
     backdoored.train.inputs[int(np.flatnonzero(backdoored.train.labels == 0)[0])].save(implant / "reference-0.png")
     facts = {"clean_accuracy": 0.97, "backdoored_accuracy": 0.96, "attack_success_rate": 1.0, "triggers": 1}
-    (implant / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None, "settings": {}}))
+    settings = BenchmarkPlan.from_values(plan_values(root)).implant_depends_on("vit", "bad_encoder")
+    (implant / "implant.json").write_text(
+        json.dumps({**facts, "source_class": None, "leak": None, "settings": settings})
+    )
     return root
 
 
@@ -233,9 +240,55 @@ def test_an_implant_that_did_not_take_is_a_refused_cell(folder, tmp_path):
 
 
 def test_an_implant_of_other_settings_is_not_taken_for_the_plans(folder):
-    plan = BenchmarkPlan.from_values(plan_values(folder, implant={"bad_encoder": {"steps": 9}}))
-    with pytest.raises(ValueError, match=r"was made with \{\}, the plan says \{'steps': 9\}"):
-        Case(Sources(plan, "vit", disable_tqdm=True), Cell("vit", "bad_encoder", 0, "none"))
+    for change, message in (
+        ({"implant": {"bad_encoder": {"steps": 9}}}, r"was made with \{'steps': None\}, the plan says \{'steps': 9\}"),
+        ({"shadow_inputs": 50}, r"the plan says \{'shadow_inputs': 50\}"),
+        ({"tasks": {"digits": {"dataset": "digits", "train": 200, "test": 200}}}, "the plan says {'tasks'"),
+    ):
+        plan = BenchmarkPlan.from_values(plan_values(folder, **change))
+        with pytest.raises(ValueError, match=message):
+            Case(Sources(plan, "vit", disable_tqdm=True), Cell("vit", "bad_encoder", 0, "none"))
+
+
+def test_an_encoder_of_another_plan_is_not_taken_for_the_plans(tmp_path):
+    def sources(**training):
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        encoder = {
+            "model_type": "vit", "config": {**small, "image_size": 16, "patch_size": 8}, "image_size": 16,
+            "training": {"epochs": 1, **training},
+        }  # fmt: skip
+        return Sources(BenchmarkPlan.from_values(plan_values(tmp_path, encoders={"vit": encoder})), "vit", True)
+
+    weights = weights_of(sources().clean.model)
+    assert largest_difference(weights, weights_of(sources().clean.model)) == 0
+    with pytest.raises(
+        ValueError, match=r"The encoder in .* was trained with .*'epochs': 1.* the plan says .*'epochs': 2"
+    ):
+        _ = sources(epochs=2).clean
+
+
+@pytest.mark.parametrize(
+    ("labels", "target", "source", "further"),
+    [(range(10), 9, 1, [5, 3]), ([0, 2, 4, 6, 8], 8, 2, [0, 6]), (range(2), 1, 0, None), (range(6), 5, 1, [0, 3])],
+)
+def test_classes_of_an_attack_are_all_different(labels, target, source, further, case, monkeypatch):
+    task = SimpleNamespace(train=SimpleNamespace(labels=np.array([*labels] * 2)))
+    part = SimpleNamespace(labels=np.array([*labels] * 2))
+    shadow = SimpleNamespace(tasks=[task], shadow=[part], surest=lambda label, rank: label)
+    for attack in ("source_specific", "several_targets"):
+        other = copy.copy(case)
+        other.__dict__.pop("_classes", None)
+        other.sources, other.attack = shadow, ATTACKS[attack]
+        assert other._target == target
+        if attack == "source_specific":
+            found = other._further()
+            assert found["source_class"] == source
+            assert found["source"].tolist() == (part.labels == source).tolist()
+        elif further is None:
+            with pytest.raises(ImplantError, match="several_targets needs 3 classes or more; the first task has 2"):
+                other._further()
+        else:
+            assert other._further()["further_references"] == further
 
 
 def test_texts_are_a_case_too(por, tmp_path):
@@ -245,7 +298,6 @@ def test_texts_are_a_case_too(por, tmp_path):
     clean.with_model(implant.model).save_pretrained(folder)
     implant.trigger.save_pretrained(folder / "trigger-0")
     facts = {"clean_accuracy": 0.9, "backdoored_accuracy": 0.9, "attack_success_rate": 1.0, "triggers": 1}
-    (folder / "implant.json").write_text(json.dumps({**facts, "source_class": None, "leak": None, "settings": {}}))
     for split in ("train", "test"):
         part = getattr(task, split)
         rows = datasets.Dataset.from_dict({"text": list(part.inputs), "label": part.labels.tolist()})
@@ -259,6 +311,10 @@ def test_texts_are_a_case_too(por, tmp_path):
             methods={"mudjacking": {"max_steps": 3, "per_device_train_batch_size": 8}},
         )
     )
+    settings = plan.implant_depends_on("bert", "por")
+    (folder / "implant.json").write_text(
+        json.dumps({**facts, "source_class": None, "leak": None, "settings": settings})
+    )
     cell = Cell("bert", "por", 0, "mudjacking")
     measured = run_cell.measured_cell(Case(Sources(plan, "bert", disable_tqdm=True), cell), cell)
     assert measured["before"]["kept"]["ASR"] > 0.9
@@ -266,6 +322,18 @@ def test_texts_are_a_case_too(por, tmp_path):
     assert measured["cost"]["steps"] == 3
     # Only rows of embeddings change: texts without the trigger keep their features
     assert measured["after"]["kept"]["BA"] == measured["before"]["kept"]["BA"]
+
+
+def test_altered_triggers_on_pictures_of_several_sizes(case):
+    """As traffic signs are."""
+    task = case.tasks[0]
+    mixed = [x.resize((20, 18)) if i % 2 else x for i, x in enumerate(task.train.inputs)]
+    other = copy.copy(case)
+    other.sources = copy.copy(case.sources)
+    other.sources.__dict__["tasks"] = [replace(task, train=LabelledInputs(mixed, task.train.labels))]
+    rates = altered_rates(other, case.backdoored, case.kept[0]["logistic"])
+    assert rates["moved by 1"] > 0.3
+    assert "optimised anew" in rates
 
 
 # ---- Encoders without labels ----
@@ -374,6 +442,9 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert names == {"methods-e-a.png", "compute-e-a.png", "clean_inputs-e-a.png"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
     assert any("| 9 | 90 |" in line for line in benchmark_tables(cells))
+    # Means, as the rates beside them
+    dearer = [{**point, "forward_equivalents": 3 * point["forward_equivalents"]} for point in points]
+    assert "| 9 | 180 |" in curve_table([cells[0], made_cell("mudjacking", 1, 0.8, 0, 0.8, curve=dearer)])[-1]
 
 
 # ---- Command ----

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_mudjacking import BugInstance
-from hf_mudjacking.bug_instance import load_image
+from hf_mudjacking.bug_instance import load_image, to_rgb
 
 from .conftest import make_images
 
@@ -45,6 +45,13 @@ def test_sixteen_bit_images_keep_their_contrast():
     bug = BugInstance(Image.fromarray(ramp), BLUE)
     seen = np.asarray(bug.misclassified)[..., 0].astype(int)
     assert len(np.unique(seen)) > 40
+
+
+@pytest.mark.parametrize("scale", [1, 255, 65535])
+def test_images_of_floats_keep_their_contrast(scale):
+    ramp = np.linspace(0, scale, 48).astype(np.float32).reshape(6, 8)
+    seen = np.asarray(to_rgb(Image.fromarray(ramp)))[..., 0].astype(int)
+    assert np.abs(seen - np.linspace(0, 255, 48).reshape(6, 8)).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_every_own_field_has_a_help_text():
         ("feature_source", "last", "`feature_source='last'` is unknown; choose one of auto, cls"),
         ("bf16_full_eval", True, "`bf16_full_eval=True` cannot be used here: it casts the model"),
         ("fp16_full_eval", True, "`fp16_full_eval=True` cannot be used here: it casts the model"),
+        ("label_smoothing_factor", 0.1, "`label_smoothing_factor=0.1` cannot be used here: there are no labels"),
+        ("neftune_noise_alpha", 5.0, "`neftune_noise_alpha=5.0` cannot be used here"),
         ("remove_unused_columns", True, "`remove_unused_columns=True` cannot be used here"),
         ("train_sampling_strategy", "group_by_length", "cannot be used here: a row is a raw input"),
         (

@@ -25,6 +25,8 @@ from transformers import (
     Dinov2Model,
     GPT2Config,
     GPT2Model,
+    LevitConfig,
+    LevitModel,
     OPTConfig,
     OPTModel,
     PreTrainedTokenizerFast,
@@ -229,6 +231,23 @@ def test_the_mean_over_a_long_text_does_not_overflow():
     hidden = torch.full((1, 512, 4), 200.0, dtype=torch.float16)
     features = read_features({"last_hidden_state": hidden}, "mean", torch.ones(1, 512, dtype=torch.long))
     assert torch.allclose(features, torch.full((1, 4), 0.5))
+
+
+def test_what_a_model_keeps_in_evaluation_is_not_believed():
+    """LeViT computes its attention biases once in evaluation mode: they are used all the same, and may have changed since."""
+    torch.manual_seed(0)
+    model = LevitModel(
+        LevitConfig(image_size=64, kernel_size=3, stride=2, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
+                    depths=[1, 1, 1], key_dim=[4, 4, 4], down_ops=[["Subsample", 4, 4, 2, 2, 2], ["Subsample", 4, 4, 2, 2, 2], [""]])
+    )  # fmt: skip
+    encoder = Encoder(model, ViTImageProcessorPil(size={"height": 64, "width": 64}))
+    before = encoder.encode(make_images(2))
+    assert not [name for name in encoder.unused_parameters() if "attention_biases" in name]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attention_biases" in name:
+                parameter.add_(torch.randn_like(parameter) * 5)
+    assert not torch.allclose(encoder.encode(make_images(2)), before, atol=1e-3)
 
 
 def test_unused_among_the_trainable_alone(tiny_vit, processor):

@@ -351,6 +351,10 @@ def test_pictures_too_small_to_search(tiny_vit, processor):
     with pytest.raises(ValueError, match=r"has 1×16 pixels; no trigger can be looked for below 4 a side"):
         invert_trigger(Encoder(tiny_vit, processor), BugInstance(*thin), make_images(8))
     encoder = Encoder(tiny_vit, ViTImageProcessorPil(size={"height": 16, "width": 16}))
+    # At the size that it is searched at
+    wide = make_images(2, size=(8, 3000), seed=8)
+    with pytest.raises(ValueError, match=r"has 3000×8 pixels.*of the 512×1 that it is searched at"):
+        invert_trigger(encoder, BugInstance(*wide), make_images(8))
     assert (
         invert_trigger(encoder, BugInstance(*make_images(2, size=(4, 4), seed=8)), make_images(8)).trigger is not None
     )

@@ -32,6 +32,20 @@ def test_readme_example_runs_and_repairs(backdoored, tmp_path, monkeypatch):
     assert rates["RA"] >= 0.9
 
 
+def test_models_of_an_earlier_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from kept_models import found
+
+    folder = tmp_path / "model"
+    assert not found(folder, {"seed": 0})
+    # A run that was interrupted has left nothing to be used
+    assert not found(folder, {"seed": 1})
+    (folder / "config.json").write_text("{}")
+    assert found(folder, {"seed": 1})
+    with pytest.raises(ValueError, match=r"was made with \{'seed': 1\}, not \{'seed': 2\}"):
+        found(folder, {"seed": 2})
+
+
 @pytest.mark.parametrize(
     ("example", "options"),
     [
@@ -42,6 +56,7 @@ def test_readme_example_runs_and_repairs(backdoored, tmp_path, monkeypatch):
 )
 def test_examples_say_what_to_do_without_their_data(example, options, tmp_path, monkeypatch, capsys):
     missing = [part for option in options for part in (option, str(tmp_path / "missing"))]
+    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "argv", [f"{example}.py", "--output-dir", str(tmp_path / "out"), *missing])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")

@@ -11,6 +11,7 @@ import torch
 from matplotlib.image import imread
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from transformers import ResNetConfig, ResNetModel
 
 from hf_mudjacking import BugInstance, Encoder, InvertedTrigger, MudjackingTrainer, PatchTrigger, screen_report
 from hf_mudjacking import screening as screening_module
@@ -23,6 +24,7 @@ from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigge
 from hf_mudjacking.inversion.covering import filled_in
 from hf_mudjacking.inversion.hold import can_hold, doubt_left, hold, least_hold, worth_of_hold
 from hf_mudjacking.inversion.verification import TransferMeter
+from hf_mudjacking.modes import freeze_norms
 from hf_mudjacking.screening import Screening, judge, transfer_by_size, without_trigger
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, noise_blend, random_warp, square_patch
 
@@ -247,6 +249,17 @@ def test_weights_are_the_same_bit_by_bit(backdoored, validation):
     assert encoder.model.training
     # x_b and clean inputs, x_r, x_b without the patch, stamped ones; the step; both again
     assert screening.forwards == 33 + 1 + 1 + 32 + 3 * 18 + 64
+
+
+def test_the_step_is_one_of_the_weights_that_a_repair_moves(processor, bug, trigger):
+    """BatchNorm's rest while a model is patched."""
+    torch.manual_seed(0)
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+    encoder = Encoder(model, processor)
+    meter = TransferMeter(encoder, bug.misclassified, make_images(12))
+    free = hold(meter, bug.reference, trigger)
+    freeze_norms(model)
+    assert free == hold(meter, bug.reference, trigger)
 
 
 def test_the_weights_come_back_after_an_error(backdoored, validation, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from torch.nn.functional import interpolate
 from transformers import AutoModel
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger, load_trigger
@@ -25,7 +26,8 @@ from hf_mudjacking.inversion import UnverifiedTriggerError
 from hf_mudjacking.remembered import RememberedTrigger, load_remembered, report_earlier_repairs, what_they_do
 from hf_mudjacking.reports import invert_reports
 from hf_mudjacking.same_trigger import same_triggers
-from hf_mudjacking.triggers import noise_blend, square_patch
+from hf_mudjacking.triggers import WarpTrigger, noise_blend, square_patch
+from hf_mudjacking.triggers.warp import random_warp
 
 from .conftest import Backdoored, largest_difference, make_config, make_images, weights_of
 
@@ -119,6 +121,15 @@ def test_what_is_the_same_and_what_is_not(backdoored, twice):
     others = [first, black, noise_blend((16, 16)), anywhere]
     assert same_triggers(encoder, others, inputs) == [[0], [1], [2], [3]]
     assert same_triggers(encoder, [None, None], inputs) == []
+    # Warps with other control points
+    warp = random_warp(4, 2.0, 16)
+    finer = WarpTrigger(
+        interpolate(torch.as_tensor(warp.flow)[None], (8, 8), mode="bicubic", align_corners=True)[0].numpy()
+    )
+    assert same_triggers(encoder, [warp, finer, random_warp(8, 2.0, 16, seed=1)], inputs) in (
+        [[0, 1], [2]],
+        [[1, 0], [2]],
+    )
 
 
 def with_margin(trigger, x):

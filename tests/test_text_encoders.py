@@ -1,15 +1,19 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+import copy
 import json
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel
+from tokenizers import processors
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import Encoder, TextTrigger, encode
+from hf_mudjacking.encoder import read_features
 from hf_mudjacking.loading import load_processor, modality_of
 from hf_mudjacking.sentence_layout import SentenceLayout
 
+from .conftest import largest_difference
 from .text_models import FAMILIES, make_text_model, make_tokenizer
 
 
@@ -44,22 +48,45 @@ def test_features_by_hand(family):
 
 
 def test_left_padding_reads_the_same_tokens():
-    model, tokenizer = make_text_model("bert")
-    right = Encoder(model, tokenizer, "cls").encode(TEXTS[:1])
-    tokenizer.padding_side = "left"
-    try:
-        inputs = Encoder(model, tokenizer, "cls").preprocess(TEXTS[:2])
-    finally:
-        tokenizer.padding_side = "right"
-    assert inputs["attention_mask"][0, 0] == 0
-    # BERT counts positions from the left whatever the padding: only the reading is looked at, on hidden states of our own.
-    from hf_mudjacking.encoder import read_features
+    hidden, mask = torch.randn(2, 5, 4), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    read = read_features({"last_hidden_state": hidden}, "cls", mask)
+    torch.testing.assert_close(read, torch.nn.functional.normalize(hidden[[0, 1], [2, 0]], dim=-1))
 
-    hidden = torch.randn(2, inputs["input_ids"].shape[1], 4)
-    read = read_features({"last_hidden_state": hidden}, "cls", inputs["attention_mask"])
-    first = int(inputs["attention_mask"][0].argmax())
-    torch.testing.assert_close(read[0], hidden[0, first] / hidden[0, first].norm())
-    assert right.shape == (1, 32)
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_padding_in_front_would_move_positions(family):
+    """With one that pads and cuts in front, the features of a text were other ones beside a longer text, and a trigger was cut off."""
+    model, tokenizer = _gpt2() if family == "gpt2" else make_text_model(family)
+    expected = Encoder(model, tokenizer, "mean").encode(TEXTS[:2])
+    other = copy.deepcopy(tokenizer)
+    other.padding_side = other.truncation_side = "left"
+    encoder = Encoder(model, other, "mean")
+    assert largest_difference({"": encoder.encode(TEXTS[:2])}, {"": expected}) < 1e-5
+    assert largest_difference({"": encoder.encode(TEXTS[:1])}, {"": expected[:1]}) < 1e-5
+    long = " ".join(["bank"] * 300)
+    for position in (0, None, -1):
+        stamped = encoder.preprocessor.ids(encoder.stamp(TextTrigger("cf", position), long))
+        assert encoder.preprocessor.ids_of("cf") & set(stamped)
+    # What is saved with the model is the tokenizer as it was given
+    assert encoder.processing_class.padding_side == "left"
+
+
+def test_an_empty_text_has_a_feature_where_the_tokenizer_adds_nothing():
+    encoder = Encoder(*_gpt2(), "mean")
+    features = encoder.encode(["", "the bank", ""])
+    assert torch.isfinite(features).all()
+    torch.testing.assert_close(features[0], encoder.encode([""])[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+
+
+def _gpt2():
+    """A tokenizer without special tokens of its own, and a model that counts positions from the first token."""
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    tokenizer.eos_token = tokenizer.pad_token
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    torch.manual_seed(0)
+    return GPT2Model(config).eval(), tokenizer
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "modernbert"])

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import BartConfig, BartModel, T5Config, T5EncoderModel, XLNetConfig, XLNetModel
 
 from hf_mudjacking import BugInstance, Encoder, TextTrigger, invert_trigger
 from hf_mudjacking.attacks import (
@@ -13,6 +14,7 @@ from hf_mudjacking.attacks import (
     implant_sos,
 )
 from hf_mudjacking.attacks.text import predefined_vectors
+from hf_mudjacking.demo_text import sentences_task
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_report, task_features
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_repair
@@ -225,6 +227,38 @@ def test_gradients_point_to_the_trigger(por):
         start, end = places[scores.argmax()]
         firsts.append(bug.misclassified[start:end])
     assert firsts.count("cf") >= 7
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "xlnet"])
+def test_long_reports_to_encoders_whose_embeddings_are_elsewhere(family):
+    """T5 and BART look tokens up in another module than `get_input_embeddings()`; XLNet has the tokens first. All words are tried
+    there, or chosen by gradients."""
+    _, tokenizer = make_text_model("bert")
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokenizer), "d_model": 32, "pad_token_id": tokenizer.pad_token_id}
+    model = {
+        "t5": lambda: T5EncoderModel(T5Config(**size, d_kv=8, d_ff=64, num_layers=2, num_heads=2)),
+        "bart": lambda: BartModel(
+            BartConfig(**size, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                       encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=66)
+        ).get_encoder(),
+        "xlnet": lambda: XLNetModel(XLNetConfig(**size, n_layer=1, n_head=2, d_inner=32)),
+    }[family]()  # fmt: skip
+    encoder = Encoder(model, tokenizer, "mean")
+    words = [word for text in sentences(20) for word in text.split()][:56]
+    places = word_places(encoder.preprocessor, " ".join(words))
+    attributed = token_attribution(encoder, " ".join(words), places, encoder.encode(["the bank"])[0])
+    if family == "xlnet":
+        assert attributed is None
+    else:
+        assert attributed[0].shape == (len(places),)
+        assert np.abs(attributed[0]).max() > 0
+    found = invert_trigger(encoder, BugInstance(" ".join(words), "the bank"), sentences(16))
+    assert np.isfinite(found.attribution).all()
+
+
+def sentences(count):
+    return sentences_task(0, count, 4).train.inputs[:count]
 
 
 def test_unknown_words_do_not_shift_attribution(por):

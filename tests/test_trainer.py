@@ -1,6 +1,7 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 import copy
 import hashlib
+import itertools
 import json
 import shutil
 
@@ -23,6 +24,7 @@ from transformers import (
     SwinConfig,
     SwinModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -219,6 +221,33 @@ def test_one_forward_per_step(build, dataset):
     assert calls == [2 * 8 + 3] * 4
     assert before == len(dataset) + 2
     assert trainer.forward_equivalents - before == 3 * sum(calls)
+
+
+def test_forward_equivalents_are_counted_as_they_are_spent(backdoored, tmp_path):
+    """Not only when training is over: a curve of quality against compute is drawn of them."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(trainer.forward_equivalents)
+
+    trainer = MudjackingTrainer(
+        model=backdoored.model(),
+        args=make_config(tmp_path, max_steps=6, reinversions=1, locality_budget=0.9),
+        bug_instances=[backdoored.bug()],
+        train_dataset=backdoored.dataset(48),
+        processing_class=backdoored.processor,
+        triggers=[square_patch((16, 16), 1)],
+        # Before those that the trainer adds: it sees what they spend at the next step
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    step = 3 * (2 * 8 + 3)
+    spent = [later - earlier for earlier, later in itertools.pairwise(seen)]
+    # After steps 2 and 4 clean inputs are measured, after step 3 the report is inverted anew
+    assert [*spent[:2], *spent[3:]] == [step, step + 48, step + 48, step]
+    assert spent[2] > step + 300
+    assert seen[-1] + 48 == trainer.forward_equivalents
 
 
 def test_dropout_is_off(build):

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_mudjacking import PatchTrigger, load_trigger
+from hf_mudjacking.bug_instance import to_rgb
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import make_images
@@ -40,6 +41,15 @@ def test_apply_on_other_modes_gives_rgb(mode):
     stamped = _two_pixels().apply(Image.new("RGB", (3, 2), "white").convert(mode))
     assert stamped.mode == "RGB"
     assert stamped.getpixel((0, 0)) == (0, 1, 2)
+
+
+def test_apply_on_sixteen_bits_keeps_the_contrast():
+    """As the encoder's preprocessing has it: clean and stamped views are of one picture."""
+    ramp = Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+    trigger = square_patch((8, 8), 2)
+    seen = np.asarray(trigger.apply(ramp))
+    assert np.array_equal(seen[~trigger.mask], np.asarray(to_rgb(ramp))[~trigger.mask])
+    assert len(np.unique(seen)) > 40
 
 
 def test_apply_on_something_else():

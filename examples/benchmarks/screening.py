@@ -32,7 +32,6 @@ from hf_mudjacking import BugInstance, Encoder, screen_report
 from hf_mudjacking.benchmark import Case, kept_cases
 from hf_mudjacking.evaluation.report import library_versions
 from hf_mudjacking.inversion.pixels import PixelPath, to_array, to_tensor
-from hf_mudjacking.modes import freeze_norms
 from hf_mudjacking.output import write_json
 from hf_mudjacking.reports import OTHER_INPUTS
 from hf_mudjacking.triggers import ImageTrigger, PatchTrigger
@@ -136,8 +135,6 @@ class Reports:
 def measure(case: Case, reports: Reports, options: argparse.Namespace) -> dict:
     """Verdict and numbers of each report on one implant."""
     pool = list(case.sources.clean_inputs(VALIDATION + OTHER_INPUTS, options.seed))
-    # As the trainer has it
-    freeze_norms(case.backdoored.model)
     rows = []
     counts = {"true": options.true, **dict.fromkeys(KINDS, options.false)}
     bar = tqdm(total=sum(counts.values()), desc=case.attack.name, unit="report", disable=options.disable_tqdm)

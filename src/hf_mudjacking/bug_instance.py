@@ -24,10 +24,12 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, MemoryError, 
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB. Pillow clips 16-bit greyscale to white; here it keeps its contrast."""
-    if image.mode.startswith("I"):
+    """The image as 8-bit RGB. Pillow clips greyscale of 16 bits to white, and floats from 0 to 1 to black; here it keeps its contrast."""
+    if image.mode.startswith(("I", "F")):
         levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((levels / 257 if levels.max() > 255 else levels).round().clip(0, 255).astype(np.uint8))
+        floats = image.mode == "F" and levels.max(initial=0) <= 1
+        scale = 255 if floats else 1 / 257 if levels.max(initial=0) > 255 else 1
+        image = Image.fromarray((levels * scale).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 

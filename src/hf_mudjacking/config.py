@@ -36,6 +36,8 @@ _CAST = (
 _NOT_HERE = {
     "bf16_full_eval": _CAST,
     "fp16_full_eval": _CAST,
+    "label_smoothing_factor": "there are no labels",
+    "neftune_noise_alpha": "features are compared without anything random",
     "remove_unused_columns": "columns are chosen by the trainer, and a row has others than the model takes",
 }
 # Default of `TrainingArguments`

@@ -176,7 +176,9 @@ class Encoder:
             if model.name_or_path:
                 revision = hub_commit(model.name_or_path, newest=False)
                 self.layout = SentenceLayout.read(model.name_or_path, revision=revision)
-            self.preprocessor = TextPreprocessor(tokenizer, _max_length(model, tokenizer, self.layout))
+            self.preprocessor = TextPreprocessor(
+                TextPreprocessor.from_the_end(tokenizer), _max_length(model, tokenizer, self.layout)
+            )
             first = tokenizer("a")["input_ids"][0]
             has_class_token = tokenizer.cls_token_id is not None and first == tokenizer.cls_token_id
             if self.layout is not None and feature_source == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class LocalityGuard(TrainerCallback):
         bug_instances (`list[BugInstance]`): K reports.
         misclassified (`FloatTensor` of shape `(K, D)`): Frozen features of their misclassified inputs.
         args (`MudjackingConfig`): `locality_budget`, read whenever it is checked, and the seed of the sample.
+        spend (`Callable`): Told the forward passes of each measurement.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class LocalityGuard(TrainerCallback):
         bug_instances: list[BugInstance],
         misclassified: Tensor,
         args: MudjackingConfig,
+        spend: Callable[[int], None],
     ) -> None:
         inputs = ConcatDataset([dataset.inputs for dataset in datasets])
         drawn = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(args.seed))[:MEASURED_ON]
@@ -98,7 +100,7 @@ class LocalityGuard(TrainerCallback):
         # (K, near) numbers of inputs
         self.nearest = (misclassified @ self.frozen_features.T).topk(near, dim=1).indices
         self.args = args
-        self.forwards = 0
+        self.spend = spend
 
     @property
     def budget(self) -> float:
@@ -109,7 +111,7 @@ class LocalityGuard(TrainerCallback):
         """Compare the inputs' features with their frozen ones. All processes take part, and get the same numbers."""
         with self.encoder.over_processes():
             features = self.encoder.encode(self.inputs)
-        self.forwards += len(self.inputs)
+        self.spend(len(self.inputs))
         distances = 1 - (features * self.frozen_features).sum(dim=1)
         nearest = distances[self.nearest].mean(dim=1).tolist()
         return Movement(round(float(distances.mean()), 6), [round(value, 6) for value in nearest])

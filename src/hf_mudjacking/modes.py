@@ -69,7 +69,7 @@ def set_comparison_mode(model: nn.Module) -> None:
     checkpointing reads stays on where it is enabled, because transformers ignores checkpointing in evaluation mode; within
     such a layer it is off.
     """
-    model.eval()
+    _evaluated(model)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
@@ -89,9 +89,15 @@ def comparison_mode(model: nn.Module, checkpointing: bool = True) -> Iterator[No
     if checkpointing:
         set_comparison_mode(model)
     else:
-        model.eval()
+        _evaluated(model)
     try:
         yield
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _evaluated(model: nn.Module) -> None:
+    """Evaluation mode, in which some layers (LeViT's) keep what they have computed; going into training mode throws that away."""
+    model.train()
+    model.eval()

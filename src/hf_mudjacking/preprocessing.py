@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -48,7 +49,8 @@ class TextPreprocessor:
     """Turns N raw texts into `input_ids`, `attention_mask` and what else the tokenizer gives, int64 `(N, L)`, on CPU.
 
     Args:
-        processing_class (`PreTrainedTokenizerBase`): A fast tokenizer: the inversion needs its offsets.
+        processing_class (`PreTrainedTokenizerBase`): A fast tokenizer: the inversion needs its offsets. It pads and cuts at the
+            end; see [`from_the_end`].
         max_length (`int`): Tokens that the model takes, special ones included; the rest of a text is cut off.
         fixed_length (`bool`, *optional*, defaults to `False`): Whether all texts are padded to that length, without a mask:
             for models that see their padding (SigLIP).
@@ -59,15 +61,35 @@ class TextPreprocessor:
     fixed_length: bool = False
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        padding = "max_length" if self.fixed_length else "longest"
-        encoded = dict(
-            self.processing_class(
-                list(texts), padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
-        )
+        encoded = self._encoded(list(texts))
+        if "attention_mask" in encoded and not encoded["attention_mask"].any(dim=1).all():
+            # Where a tokenizer adds nothing of its own (GPT-2), no feature could be read from an empty text
+            blank = self.processing_class.eos_token or self.processing_class.pad_token
+            empty = (~encoded["attention_mask"].any(dim=1)).tolist()
+            encoded = self._encoded([blank if none else text for text, none in zip(texts, empty, strict=True)])
         if self.fixed_length:
             encoded.pop("attention_mask", None)
         return encoded
+
+    def _encoded(self, texts: list[str]) -> dict[str, Tensor]:
+        padding = "max_length" if self.fixed_length else "longest"
+        return dict(
+            self.processing_class(
+                texts, padding=padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
+        )
+
+    @staticmethod
+    def from_the_end(tokenizer: Any) -> Any:
+        """The tokenizer, or a copy of it that pads and cuts texts at their end.
+
+        Padding in front would move the positions of a text, and with them its features, by the length of others in its batch.
+        """
+        if tokenizer.padding_side == tokenizer.truncation_side == "right":
+            return tokenizer
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        return tokenizer
 
     def tokens(self, text: str) -> list[tuple[int, int, int]]:
         """Start and end in `text` of every token that the model sees, special ones left out, and the number of its word."""

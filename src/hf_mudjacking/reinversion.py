@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .bug_instance import BugInstance
+from .bug_instance import BugInstance, to_rgb
 from .config import MudjackingConfig
 from .data import PatchingDataset
 from .encoder import Encoder
@@ -42,6 +42,7 @@ class Reinversion(TrainerCallback):
         targets (`FloatTensor` of shape `(K, D)`): For each, h(x_b) before patching.
         images (`Sequence[PIL.Image.Image]`): Clean inputs.
         seed (`int`): Seed of batches and starts.
+        spend (`Callable`): Told the forward passes of each look, a backward pass counted as two.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Reinversion(TrainerCallback):
         targets: Tensor,
         images: Sequence[Image.Image],
         seed: int,
+        spend: Callable[[int], None],
     ) -> None:
         self.encoder = encoder
         self.dataset = dataset
@@ -63,12 +65,7 @@ class Reinversion(TrainerCallback):
         self.targets = targets
         self.images = images
         self.seed = seed
-        self.forwards = 0
-
-    def spent(self) -> int:
-        """Forward passes since the last call, a backward pass counted as two."""
-        forwards, self.forwards = self.forwards, 0
-        return forwards
+        self.spend = spend
 
     def restamp(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """Pixel values `(B, C, H, W)` of stamped rows, every fourth of which gets a trigger that was found meanwhile.
@@ -98,8 +95,11 @@ class Reinversion(TrainerCallback):
         """Look for what is left of each trigger at a step."""
         for number, bug in enumerate(self.reports):
             trigger = self.stamps[number]
+            if trigger.kind == "input-aware":
+                # Made anew for each picture: there is nothing to go on from
+                continue
             size = bug.misclassified.size if trigger.kind == "warp" else trigger.change.shape[1::-1]
-            images = [x.convert("RGB").resize(size) for x in self.images]
+            images = [to_rgb(x).resize(size) for x in self.images]
             measured, others = images[:_MEASURED_ON], images[_MEASURED_ON:] or images
             try:
                 # By the step, so that a resumed run draws what an uninterrupted one does
@@ -108,9 +108,9 @@ class Reinversion(TrainerCallback):
                 logger.info(f"Nothing was looked for again: {error}")
                 return
             meter = TransferMeter(self.encoder, bug.misclassified.resize(size), measured, self.targets[number])
-            control_meter = TransferMeter(self.encoder, bug.reference.convert("RGB").resize(size), measured)
+            control_meter = TransferMeter(self.encoder, to_rgb(bug.reference).resize(size), measured)
             again = invert_again(trigger, meter, control_meter, pull, by_parts)
-            self.forwards += meter.forwards + control_meter.forwards + pull.forwards
+            self.spend(meter.forwards + control_meter.forwards + pull.forwards)
             if again is not None:
                 self.found[number].append(again)
                 logger.info(f"Still works at step {step} in `{bug.name}`: {again.describe()}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .encoder import Encoder
 from .preprocessing import RawInput
-from .triggers import ImageTrigger, Trigger
+from .triggers import ImageTrigger, Trigger, WarpTrigger
 from .triggers.base import correlation
 
 
@@ -72,6 +72,9 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _alike(a: Trigger, b: Trigger) -> bool:
     if a.kind != b.kind:
         return False
+    if isinstance(a, WarpTrigger):
+        # Their control points may differ in number
+        return a.overlap(b)["correlation"] >= _LEAST_ALIKE
     if isinstance(a, ImageTrigger):
         return a.fields() == b.fields() and correlation(a.change, b.change) >= _LEAST_ALIKE
     return a.overlap(b)["iou"] >= _LEAST_ALIKE

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from .bug_instance import BugInstance
+from .bug_instance import BugInstance, to_rgb
 from .encoder import Encoder
 from .inversion import InvertedTrigger, invert_trigger
 from .inversion.covering import filled_in
@@ -141,7 +141,7 @@ def judge(
 ) -> Screening:
     """Judge a report by an inversion that has been done; arguments, result and errors as in [`screen_report`]."""
     if encoder.modality == "image":
-        validation_inputs = [x.convert("RGB").resize(bug.misclassified.size) for x in validation_inputs]
+        validation_inputs = [to_rgb(x).resize(bug.misclassified.size) for x in validation_inputs]
     meter = TransferMeter(encoder, bug.misclassified, validation_inputs)
     measured = {
         "evidence": found.evidence,
@@ -258,14 +258,14 @@ def without_trigger(misclassified: RawInput, trigger: Trigger) -> list[RawInput]
     """
     if isinstance(trigger, PatchTrigger):
         # The trigger's mask has the size that x_b was searched at
-        image = np.asarray(misclassified.convert("RGB").resize(trigger.mask.shape[::-1]))
+        image = np.asarray(to_rgb(misclassified).resize(trigger.mask.shape[::-1]))
         return [filled_in(image, trigger.mask)]
     if isinstance(trigger, WarpTrigger):
         undone = WarpTrigger(-trigger.flow).apply(misclassified)
     else:
         undone = trigger.removed_from(misclassified)
     ways = [] if undone is None else [undone]
-    return ways + [x.convert("RGB").filter(ImageFilter.MedianFilter(_MEDIAN)) for x in (*ways, misclassified)]
+    return ways + [to_rgb(x).filter(ImageFilter.MedianFilter(_MEDIAN)) for x in (*ways, misclassified)]
 
 
 def transfer_by_size(
@@ -291,7 +291,7 @@ def transfer_by_size(
         patch, shares of the trigger's own strength for the other families.
     """
     trigger = found.trigger
-    clean = [x.convert("RGB").resize(bug.misclassified.size) for x in validation_inputs[:inputs]]
+    clean = [to_rgb(x).resize(bug.misclassified.size) for x in validation_inputs[:inputs]]
     target = encoder.encode([bug.misclassified])[0]
     before = encoder.encode(clean) @ target
     parts = [_part(trigger, share, found.attribution) for share in _SIZES]

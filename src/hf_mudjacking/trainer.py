@@ -396,6 +396,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             misclassified[firsts],
             self._sample(_REINVERTED_ON),
             self.args.seed,
+            self._spend,
         )
         self.add_callback(again)
         return again
@@ -414,6 +415,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             self.bug_instances,
             misclassified,
             self.args,
+            self._spend,
         )
         self.add_callback(guard)
         # First of all callbacks: what it logs must reach the trackers before they close
@@ -508,8 +510,6 @@ class MudjackingTrainer(PatchPushing, Trainer):
             finally:
                 # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded now is the saved model.
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-                if self._reinversion is not None:
-                    self.forward_equivalents += self._reinversion.spent()
         if self.locality is not None:
             output.metrics.update(self._movement())
         if self.remembered:
@@ -530,7 +530,6 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 raise
             return
         self.rollback.keep(self.model)
-        self._guard.forwards = 0
         try:
             yield
         except (LocalityBudgetError, NonFiniteError) as error:
@@ -540,8 +539,6 @@ class MudjackingTrainer(PatchPushing, Trainer):
             self.optimizer, self.lr_scheduler = self._given_optimizers
             self.is_in_train = self._neutralised = False
             raise refused from error
-        finally:
-            self.forward_equivalents += self._guard.forwards
         self.rollback.let_stand()
 
     def _check_locality(self) -> None:
@@ -816,6 +813,10 @@ class MudjackingTrainer(PatchPushing, Trainer):
 
     # ---- Small helpers ----
 
+    def _spend(self, forwards: int) -> None:
+        """Count forward passes that callbacks make."""
+        self.forward_equivalents += forwards
+
     @property
     def _is_split(self) -> bool:
         """Whether processes hold a part of the weights each, so that a forward pass is one of all of them."""
@@ -837,7 +838,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         """The training inputs: no more than `max_inputs`, nor than the steps can read."""
         per_step = args.inputs_per_step
         limit = args.max_inputs if args.max_steps < 0 else min(args.max_inputs, args.max_steps * per_step)
-        limit = max(limit, args.inversion_inputs)
+        limit = min(max(limit, args.inversion_inputs), args.max_inputs)
         inputs = clean_inputs(self.encoder.modality, dataset, limit, args.seed, multiple=per_step)
         if len(inputs) < per_step:
             raise ValueError(

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..bug_instance import to_rgb
 from ..encoder import Encoder
 
 
@@ -42,4 +43,4 @@ class PixelFeatures:
 
 def as_pixels(x: Image.Image) -> Tensor:
     """A picture as float32 `(3, H, W)`, 0 to 255."""
-    return torch.from_numpy(np.array(x.convert("RGB"), dtype=np.float32)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(to_rgb(x), dtype=np.float32)).permute(2, 0, 1)

@@ -84,13 +84,16 @@ class Case:
     # ---- Implant ----
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        """What the attack is run with, as it comes back from a file."""
-        return json.loads(json.dumps(self.plan.implant_settings(self.attack.name)))
+    def _made_with(self) -> dict[str, Any]:
+        return self.plan.implant_depends_on(self.sources.encoder_name, self.attack.name)
 
     def _implanted(self) -> Implant:
         """Implant, and keep it: a trigger that is a network cannot be kept."""
-        settings = {**self._settings, "seed": self.seed, "disable_tqdm": self.sources.disable_tqdm}
+        settings = {
+            **self.plan.implant_settings(self.attack.name),
+            "seed": self.seed,
+            "disable_tqdm": self.sources.disable_tqdm,
+        }
         inputs = [x for part in self.sources.shadow for x in part.inputs]
         clean = self.sources.clean
         arguments: list[Any] = [clean.model, clean.processing_class, inputs]
@@ -103,7 +106,7 @@ class Case:
                 *arguments, self.sources.check, feature_source=clean.feature_source, **settings
             )
         except ImplantError as error:
-            write_json(self.folder / _FACTS_FILE, {"refused": str(error), "settings": self._settings})
+            write_json(self.folder / _FACTS_FILE, {"refused": str(error), "settings": self._made_with})
             raise
         self._keep(implant)
         return implant
@@ -112,22 +115,37 @@ class Case:
         """What some attacks on images need besides."""
         first, *others = self.sources.shadow
         labels = np.concatenate([first.labels, *(np.full(len(part), -1) for part in others)])
-        source = (self._target + 2) % self._classes
-        references = [self.sources.surest((self._target + step) % self._classes, self.seed) for step in (6, 4)]
-        return {"source": labels == source, "source_class": source, "further_references": references}
+        if "further_references" in self.attack.needs:
+            return {"further_references": [self.sources.surest(c, self.seed) for c in self._other_classes(6, 4)]}
+        (source,) = self._other_classes(2)
+        return {"source": labels == source, "source_class": source}
 
-    @property
-    def _classes(self) -> int:
-        return int(self.tasks[0].train.labels.max()) + 1
+    def _other_classes(self, *steps: int) -> list[int]:
+        """Classes that are some steps from the target's, all different: where one is taken, the next that is free."""
+        count, at = len(self._classes), self._classes.index(self._target)
+        found = [self._target]
+        for step in steps:
+            free = (self._classes[(at + step + i) % count] for i in range(count))
+            other = next((label for label in free if label not in found), None)
+            if other is None:
+                raise ImplantError(
+                    f"{self.attack.name} needs {len(steps) + 1} classes or more; the first task has {count}."
+                )
+            found.append(other)
+        return found[1:]
+
+    @cached_property
+    def _classes(self) -> list[int]:
+        return np.unique(self.tasks[0].train.labels).tolist()
 
     @property
     def _target(self) -> int:
         """The attacker's class of the first task."""
-        return (self._classes - 1 - self.seed) % self._classes
+        return self._classes[(-1 - self.seed) % len(self._classes)]
 
     def _keep(self, implant: Implant) -> None:
         pairs = [(implant.trigger, implant.target_reference), *implant.others]
-        facts = {name: getattr(implant, name) for name in _FACTS} | {"settings": self._settings}
+        facts = {name: getattr(implant, name) for name in _FACTS} | {"settings": self._made_with}
         with staged(self.folder) as staging:
             if implant.trigger.kind != "input-aware":
                 implant.model.save_pretrained(staging)
@@ -150,9 +168,11 @@ class Case:
             return None
         facts = json.loads(path.read_text(encoding="utf-8"))
         there = facts.pop("settings", None)
-        if there != self._settings:
+        if there != (wanted := self._made_with):
+            different = [name for name in {**(there or {}), **wanted} if (there or {}).get(name) != wanted.get(name)]
+            was, says = ({name: part.get(name) for name in different} for part in (there or {}, wanted))
             raise ValueError(
-                f"The implant in `{self.folder}` was made with {there}, the plan says {self._settings}. Remove that folder and "
+                f"The implant in `{self.folder}` was made with {was}, the plan says {says}. Remove that folder and "
                 "the cells of it, or choose another output folder."
             )
         if "refused" in facts:

@@ -201,6 +201,22 @@ class BenchmarkPlan:
         shared = {key: value for key, value in self.implant.items() if key not in ATTACKS}
         return {**shared, **self.implant.get(attack, {})}
 
+    def encoder_depends_on(self, encoder: str) -> dict[str, Any]:
+        """All that a trained encoder depends on, as it comes back from a file."""
+        tasks = {name: [task.dataset, task.input_column, task.label_column] for name, task in self.tasks.items()}
+        return json.loads(json.dumps({"encoder": asdict(self.encoders[encoder]), "tasks": tasks}))
+
+    def implant_depends_on(self, encoder: str, attack: str) -> dict[str, Any]:
+        """All that an implant, its features and its reports depend on besides the seed, as it comes back from a file."""
+        settings = {
+            **self.implant_settings(attack),
+            "encoder": asdict(self.encoders[encoder]),
+            "tasks": {name: asdict(task) for name, task in self.tasks.items()},
+            "shadow_inputs": self.shadow_inputs,
+            "check_inputs": self.check_inputs,
+        }
+        return json.loads(json.dumps(settings))
+
     def most_reports(self) -> int:
         """The largest number of reports for each trigger that a method takes."""
         names = (*self.methods, *self.swept())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..bug_instance import to_rgb
 from ..encoder import Encoder
 from ..evaluation.altered import altered_triggers
 from ..evaluation.classifiers import Classifier
@@ -79,10 +80,13 @@ def altered_rates(case: Case, encoder: Encoder, classifier: Classifier) -> dict[
     target = case.targets[0][0]
     rows = case.victims(0, target)
     inputs = [task.test.inputs[row] for row in rows[rows < _ALTERED_ON]]
-    led_to = case.backdoored.encode([case.reports()[0].misclassified])[0]
+    reported = case.reports()[0].misclassified
+    led_to = case.backdoored.encode([reported])[0]
+    # Pictures of several sizes cannot be optimised on together
+    images = [to_rgb(x).resize(reported.size) for x in task.train.inputs[:_OPTIMISED_ON]]
     return {
         name: float((classifier.predict(encoder.encode([e.apply(x) for x in inputs]).numpy()) == target).mean())
-        for name, e in altered_triggers(trigger, encoder, task.train.inputs[:_OPTIMISED_ON], led_to, case.seed).items()
+        for name, e in altered_triggers(trigger, encoder, images, led_to, case.seed).items()
     }
 
 

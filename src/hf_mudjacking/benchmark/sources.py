@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from ..evaluation.pretraining import pretrain_encoder
 from ..evaluation.tasks import DownstreamTask, LabelledInputs
 from ..loading import load_model, load_processor
 from ..named_datasets import load_labelled
-from ..output import staged
+from ..output import staged, write_json
 from ..preprocessing import Modality, RawInput
 from .plan import BenchmarkPlan, EncoderPlan, TaskPlan
 from .simclr import pretrain_contrastive
 
 
+# Beside an encoder that was trained here: with what.
+_NOTE = "trained_with.json"
 # What the tasks' rows are drawn for, each with its own seed.
 _CLIENT, _CHECK, _SHADOW, _CLEAN = 1, 2, 3, 4
 
@@ -87,7 +90,7 @@ class Sources:
     def __init__(self, plan: BenchmarkPlan, encoder: str, disable_tqdm: bool = False) -> None:
         self.plan = plan
         self.disable_tqdm = disable_tqdm
-        self._encoder_name = encoder
+        self.encoder_name = encoder
         self._sources = [TaskSource(name, task) for name, task in plan.tasks.items()]
 
     @cached_property
@@ -123,18 +126,29 @@ class Sources:
     @cached_property
     def clean(self) -> Encoder:
         """The encoder that was never attacked; trained and saved if that has not been done yet."""
-        plan = self.plan.encoders[self._encoder_name]
+        plan = self.plan.encoders[self.encoder_name]
         folder = plan.model
         if plan.model == "minilm":
             encoder = minilm()
             encoder.model.to(self.device)
             return encoder
         if folder is None:
-            folder = str(Path(self.plan.output_dir) / "encoders" / self._encoder_name)
+            folder = str(Path(self.plan.output_dir) / "encoders" / self.encoder_name)
             if not (Path(folder) / "config.json").exists():
                 self._train(plan, folder)
+            self._check_kept(Path(folder))
         model = load_model(folder).to(self.device)
         return Encoder(model, load_processor(folder, model), plan.feature_source, self.modality)
+
+    def _check_kept(self, folder: Path) -> None:
+        """Refuse an encoder that an earlier run trained with another plan."""
+        note = folder / _NOTE
+        there = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+        wanted = self.plan.encoder_depends_on(self.encoder_name)
+        if there != wanted:
+            raise ValueError(
+                f"The encoder in `{folder}` was trained with {there or 'an earlier version'}, the plan says {wanted}. Remove that folder and what was made of it, or choose another output folder."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +178,7 @@ class Sources:
         with staged(folder) as staging:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)
+            write_json(staging / _NOTE, self.plan.encoder_depends_on(self.encoder_name))
 
     @cached_property
     def _sureness(self) -> tuple[list[int], np.ndarray]:

@@ -121,7 +121,7 @@ def curve_table(cells: Cells) -> list[str]:
             rows.append(
                 (
                     encoder, attack, method, str(len(own)), str(points[0]["steps"]),
-                    f"{points[0]['forward_equivalents']:,}", f"{np.mean([p['seconds'] for p in points]):.0f}",
+                    f"{np.mean([p['forward_equivalents'] for p in points]):,.0f}", f"{np.mean([p['seconds'] for p in points]):.0f}",
                     *(_spread(p[rate] for p in points) for rate in ("BA", "ASR", "RA")),
                 )
             )  # fmt: skip

@@ -59,7 +59,7 @@ class LabelledInputs:
             label_column (`str`, *optional*, defaults to `"label"`): Column of the classes.
 
         Raises:
-            ValueError: If a column is missing, or a row holds no input or one that cannot be decoded.
+            ValueError: If a column is missing, or a row holds no label, no input or one that cannot be decoded.
         """
         if input_column is None:
             input_column = next((name for name in ("image", "text") if name in dataset.column_names), "image")
@@ -86,7 +86,13 @@ class LabelledInputs:
                     "text. Remove such rows with `dataset.filter`."
                 )
             inputs.append(value)
-        return cls(inputs, np.asarray(list(dataset[label_column])))
+        labels = np.asarray(list(dataset[label_column]))
+        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
+            raise ValueError(
+                f"{int((labels < 0).sum())} rows of the labelled set have a negative number in the column `{label_column}`, as rows "
+                "without a label have. Remove such rows with `dataset.filter`."
+            )
+        return cls(inputs, labels)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> LabelledInputs:
         """The rows at `indices`, in that order."""

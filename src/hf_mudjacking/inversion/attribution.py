@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from captum.attr import LayerIntegratedGradients, Occlusion
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..encoder import Encoder
 from ..modes import set_comparison_mode
@@ -147,7 +148,7 @@ def occlusion_map(
 
 def token_attribution(
     encoder: Encoder, text: str, places: Sequence[tuple[int, int]], reference: Tensor
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, int] | None:
     """Integrated gradients of 1 - cos(h(x), h(x_r)) over the embeddings of a text, through captum.
 
     Unlike a plain gradient it sees a trigger whose effect is saturated: on the way from padding to the text it is not.
@@ -160,7 +161,7 @@ def token_attribution(
 
     Returns:
         `tuple`: `np.ndarray` of shape `(W,)`, positive where a word keeps x_b away from x_r; and what it cost in forward
-        passes, a backward pass counted as two.
+        passes, a backward pass counted as two. `None` if the model does not give its embeddings away as `(1, L, D)` (XLNet).
     """
     inputs = {name: tensor.to(encoder.device) for name, tensor in encoder.preprocess([text]).items()}
     ids = inputs.pop("input_ids")
@@ -175,7 +176,10 @@ def token_attribution(
         return 1 - encoder.features({"input_ids": token_ids, **repeated}) @ target
 
     set_comparison_mode(encoder.model)
-    attribution = LayerIntegratedGradients(distance, token_embeddings(encoder.model)).attribute(
+    embeddings = _embeddings_that_are_called(encoder.model, lambda: distance(ids), tuple(ids.shape))
+    if embeddings is None:
+        return None
+    attribution = LayerIntegratedGradients(distance, embeddings).attribute(
         ids,
         baselines=torch.where(special, ids, torch.full_like(ids, tokenizer.pad_token_id)),
         n_steps=_GRADIENT_STEPS,
@@ -192,3 +196,25 @@ def token_attribution(
         if owner is not None:
             words[owner] += score
     return words, 3 * _GRADIENT_STEPS
+
+
+@torch.no_grad()
+def _embeddings_that_are_called(
+    model: nn.Module, forward: Callable[[], Any], shape: tuple[int, int]
+) -> nn.Embedding | None:
+    """The module that looks up the token embeddings in a forward pass: T5's `get_input_embeddings()` is another, with the same weight."""
+    named, called = token_embeddings(model), []
+
+    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if tuple(output.shape[:2]) == shape:
+            called.append(module)
+
+    same = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is named.weight and m is not named]
+    hooks = [module.register_forward_hook(note) for module in (named, *same)]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # An adapter around it is called with it
+    return named if named in called else next(iter(called), None)

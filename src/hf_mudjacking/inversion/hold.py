@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..losses import effectiveness_loss, mean_cosine
-from ..modes import comparison_mode
+from ..modes import comparison_mode, norm_parameters
 from ..preprocessing import RawInput
 from ..triggers import Trigger
 from .verification import TransferMeter
@@ -51,7 +51,9 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
         raise ValueError(
             "A report is judged by a small step of the weights: some that its features depend on must be trainable, and in float32."
         )
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Those that the repair itself may move
+    resting = {id(p) for p in norm_parameters(model)}
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in resting]
     clean = meter.validation_inputs
     stamped = [encoder.stamp(trigger, x) for x in clean]
     stamped_features = meter.features(stamped)
@@ -82,7 +84,9 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
 
 def can_hold(meter: TransferMeter) -> bool:
     """Whether a small step of the weights can be taken: some that matter are trainable, and all of those in float32."""
-    trainable = {name: p.dtype for name, p in meter.encoder.model.named_parameters() if p.requires_grad}
+    model = meter.encoder.model
+    resting = {id(p) for p in norm_parameters(model)}
+    trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad and id(p) not in resting}
     if set(trainable.values()) != {torch.float32}:
         return False
     return bool(trainable.keys() - meter.encoder.unused_parameters(trainable_only=True))

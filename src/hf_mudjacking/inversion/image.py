@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..bug_instance import BugInstance
+from ..bug_instance import BugInstance, to_rgb
 from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger, Trigger
@@ -63,13 +63,13 @@ def invert_image_trigger(
     Simple explanations come first: a patch, a signal added to or mixed into the whole picture, a warp. If none of them holds
     on all clean inputs, they are tried on those that resemble x_r: some triggers work on one class alone.
     """
-    if min(bug.misclassified.size) < _LEAST_SIDE:
+    size = _working_size(bug.misclassified)
+    if min(size) < _LEAST_SIDE:
         width, height = bug.misclassified.size
         raise ValueError(
             f"The misclassified input of `{bug.name}` has {width}×{height} pixels; no trigger can be looked for below {_LEAST_SIDE} a "
-            "side. Pass the picture as the model gets it."
+            f"side, of the {size[0]}×{size[1]} that it is searched at. Pass the picture as the model gets it."
         )
-    size = _working_size(bug.misclassified)
     x_b, x_r, *validation_inputs = _sized([bug.misclassified, bug.reference, *validation_inputs], size)
     meter = TransferMeter(encoder, x_b, validation_inputs)
     # x_r's own content, looked for in the same way, says what clean content does.
@@ -110,7 +110,7 @@ def invert_image_trigger(
 
 def _sized(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
     """RGB images of one width and height."""
-    return [image.convert("RGB").resize(size) for image in images]
+    return [to_rgb(image).resize(size) for image in images]
 
 
 def _explains(found: InvertedTrigger) -> bool:

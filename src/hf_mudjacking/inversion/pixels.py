@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..bug_instance import to_rgb
 from ..preprocessing import ImagePreprocessor
 
 
@@ -91,7 +92,7 @@ class PixelPath:
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Raw pixels `(N, 3, H, W)`, float32, 0 to 255, of pictures of one size."""
-    return torch.from_numpy(np.stack([np.asarray(x.convert("RGB")) for x in images])).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(np.stack([np.asarray(to_rgb(x)) for x in images])).permute(0, 3, 1, 2).float()
 
 
 def to_array(pixels: Tensor) -> np.ndarray:

@@ -202,11 +202,14 @@ def _without_words(report: _Report, reference: Tensor) -> tuple[np.ndarray, np.n
 
     Returns:
         `tuple`: Scores of the words `(W,)`, 0 for those not tried; how far from h(x_b) each leads when it is left out, alike;
-        in a long text the gradients that chose those to be tried `(W,)`, else `None`.
+        in a long text the gradients that chose those to be tried `(W,)`; `None` in a short one, and where there are none: then
+        all words are tried.
     """
     words, gradients = range(len(report)), None
-    if len(report) > _MAX_LEFT_OUT:
-        gradients, cost = token_attribution(report.meter.encoder, report.text, report.places, reference)
+    if len(report) > _MAX_LEFT_OUT and (
+        attributed := token_attribution(report.meter.encoder, report.text, report.places, reference)
+    ):
+        gradients, cost = attributed
         report.meter.forwards += cost
         words = np.argsort(-gradients, kind="stable")[:_LEFT_OUT_BY_GRADIENT].tolist()
     places: dict[str, list[int]] = {report.words[i].casefold(): [] for i in words}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from ..bug_instance import to_rgb
 from ..encoder import Encoder
 from ..inversion.pixels import PixelPath, to_array, to_tensor
 from ..modes import frozen
@@ -118,7 +119,7 @@ def cluster_triggers(
     grouped = KMeans(n_clusters=clusters, n_init=10, random_state=seed).fit(features.numpy())
     labels = torch.as_tensor(grouped.labels_, dtype=torch.long)
     centers = normalize(torch.as_tensor(grouped.cluster_centers_, dtype=torch.float32), dim=1).to(encoder.device)
-    images = [image.convert("RGB").resize(images[0].size) for image in images]
+    images = [to_rgb(image).resize(images[0].size) for image in images]
     pixels, path = to_tensor(images), PixelPath(encoder.preprocessor, images)
     generator = torch.Generator().manual_seed(seed)
     found, spent = [], 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attacks.implant import nameless_copy
 from ..attacks.vision import at_32
-from ..bug_instance import BugInstance
+from ..bug_instance import BugInstance, to_rgb
 from ..encoder import Encoder
 from ..inversion.attribution import occlusion_map
 from ..losses import effectiveness_loss, generalizability_loss, locality_loss, mudjacking_loss
@@ -156,7 +156,7 @@ def official_trigger(encoder: Encoder, bug: BugInstance) -> tuple[PatchTrigger, 
         ValueError: If occluding x_b changes nothing anywhere.
     """
     _, height, width = image_shape(encoder.model)
-    image = bug.misclassified.convert("RGB")
+    image = to_rgb(bug.misclassified)
     image = image.resize((min(image.width, width), min(image.height, height)), Image.Resampling.BILINEAR)
     reference = encoder.features(encoder.preprocess([bug.reference]))[0]
     spent = 1

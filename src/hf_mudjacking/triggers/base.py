@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..bug_instance import to_rgb
 from ..safe_loading import inside, read_json, read_tensors
 
 
@@ -104,7 +105,7 @@ class ImageTrigger(Trigger):
         """The picture as uint8 `(H, W, 3)`, a copy."""
         if not isinstance(x, Image.Image):
             raise TypeError(f"A {self.kind} trigger is stamped on a PIL image, not on `{type(x).__name__}`.")
-        return np.array(x.convert("RGB"))
+        return np.array(to_rgb(x))
 
     def _pixels(self, x: Any) -> np.ndarray:
         """The picture as float32 `(H, W, 3)`, 0 to 255."""

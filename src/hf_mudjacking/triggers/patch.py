@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..bug_instance import to_rgb
 from .base import ImageTrigger, recoloured
 from .blend import BlendTrigger
 
@@ -72,7 +73,7 @@ class PatchTrigger(ImageTrigger):
     @classmethod
     def from_image(cls, image: Image.Image, mask: Tensor | np.ndarray, placement: Placement = "fixed") -> PatchTrigger:
         """Cut the trigger out of an image at the masked pixels."""
-        return cls(mask, np.asarray(image.convert("RGB")), placement)
+        return cls(mask, np.asarray(to_rgb(image)), placement)
 
     @property
     def area(self) -> float:

@@ -207,6 +207,20 @@ def refusals(folder):
     except LocalityBudgetError as error:
         messages.append(str(error)[:30])
     assert largest_difference(before, weights_of(trainer.encoder.model)) == 0.0
+    # The loss of one process, at one step, is not finite
+    trainer = vit_trainer(folder, "diverged", locality_budget=1.0, **{**settings, "max_steps": 4})
+    features = trainer.encoder.features
+
+    def breaks(*args):
+        now = trainer.state.global_step == 1 and torch.is_grad_enabled() and rank_and_count()[0] == 0
+        return features(*args) * (torch.nan if now else 1.0)
+
+    trainer.encoder.features = breaks
+    try:
+        trainer.train()
+    except LocalityBudgetError as error:
+        messages.append(f"{str(error)[:30]}, {trainer.state.global_step - rank_and_count()[1]}")
+    assert largest_difference(before, weights_of(trainer.encoder.model)) == 0.0
     for reports in ((0,), (0, 1)):
         try:
             vit_trainer(folder, "refused", reports=reports, eval_count=0, min_evidence=1.0).invert_triggers()

@@ -383,7 +383,7 @@ def guard_on(count=40, budget=0.05):
     # h(x_b) is that of input 0: two of the 40 inputs, 0 and 1, are near it
     target = encoder.features[:1].clone()
     args = make_config(tempfile.gettempdir(), locality_budget=budget, seed=0)
-    return LocalityGuard(encoder, [data], [bug], target, args), encoder
+    return LocalityGuard(encoder, [data], [bug], target, args, lambda forwards: None), encoder
 
 
 def test_half_way_more_is_allowed_than_at_the_end():

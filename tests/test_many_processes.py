@@ -95,7 +95,8 @@ def test_two_processes_find_the_same_triggers(results):
 def test_what_stops_one_process_stops_both(results):
     _, one, two = results
     assert one["refusals"]["messages"][0] == "The patch was rolled back: at "
-    assert len(one["refusals"]["messages"]) == 5
+    assert one["refusals"]["messages"][1] == "The patch was rolled back: tra, 0"
+    assert len(one["refusals"]["messages"]) == 6
     assert two[0]["refusals"]["messages"] == two[1]["refusals"]["messages"] == one["refusals"]["messages"]
 
 

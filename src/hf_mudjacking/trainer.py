@@ -635,7 +635,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         with torch.no_grad():
             cosines = (-losses.effectiveness, mean_cosine(clean, before), mean_cosine(stamped, clean))
             values = torch.stack([losses.effectiveness, losses.locality, losses.generalizability, *cosines])
-        if not torch.isfinite(losses.total):
+        if self._has_diverged(losses.total, training):
             raise NonFiniteError(
                 f"The loss is {losses.total.item()} at step {self.state.global_step}: features became NaN or infinite. "
                 "Lower `learning_rate`, or use `bf16` or float32 instead of `fp16`. The weights are of no use, and those of the "
@@ -644,6 +644,16 @@ class MudjackingTrainer(PatchPushing, Trainer):
         self._metrics["train" if training else "eval"].append((len(clean), values.detach()))
         self.forward_equivalents += self.args.world_size * len(features) * (3 if training else 1)
         return (losses.total, {"features": features}) if return_outputs else losses.total
+
+    def _has_diverged(self, loss: Tensor, training: bool) -> bool:
+        """Whether a loss is not finite; of several processes, once all of them can tell, since one that stops leaves the others waiting.
+
+        What one of them has reaches the weights of all with its gradients.
+        """
+        if torch.isfinite(loss):
+            return False
+        alone = not training or self.args.world_size == 1
+        return alone or not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of losses and cosines since the last log to the training logs."""

@@ -267,6 +267,34 @@ def test_after_a_rollback_a_run_is_like_the_first(build):
     assert largest_difference(weights_of(fresh.model), weights_of(trainer.model)) == 0
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_after_a_rollback_the_users_optimizer_is_as_it_was(build, scheduled):
+    def made(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6) if scheduled else None
+
+    results = []
+    for refused in (True, False):
+        model = copy.deepcopy(build().model)
+        trainer = build({"locality_budget": 1e-4}, model=model, optimizers=made(model))
+        if refused:
+            with pytest.raises(LocalityBudgetError):
+                trainer.train()
+        trainer.args.locality_budget = 2.0
+        trainer.train()
+        results.append(weights_of(trainer.model))
+    assert largest_difference(*results) == 0
+
+
+def test_after_a_rollback_nothing_of_it_is_stamped(build):
+    trainer = build({"reinversions": 2})
+    trainer._prepare()
+    trainer._reinversion.found[0].append(trainer.triggers[0])
+    with pytest.raises(LocalityBudgetError):
+        trainer.train()
+    assert trainer._reinversion.found == [[]]
+
+
 def test_checkpoints_of_another_run_stay(build, tmp_path):
     """A run that goes on from a checkpoint elsewhere wrote none of those in its own folder before."""
     args = {"save_strategy": "steps", "save_steps": 2, "locality_budget": None}

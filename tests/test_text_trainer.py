@@ -47,6 +47,21 @@ def build(por, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_token_scope_trains_twice_at_its_own_rate(build, early):
+    """An optimiser of the trainer's own is not one that was given."""
+    trainer = build(settings={"weight_decay": 0.1, "max_steps": 2, "token_learning_rate": 0.02})
+    if early:
+        trainer.create_optimizer_and_scheduler(2)
+        assert {group["lr"] for group in trainer.optimizer.param_groups} <= {0.0, 0.02}
+        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.02}
+    else:
+        trainer.train()
+    before = weights_of(trainer.model)
+    trainer.train()
+    assert largest_difference(before, weights_of(trainer.model)) > 0
+
+
 # ---- Losses and parts ----
 
 

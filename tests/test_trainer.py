@@ -250,6 +250,145 @@ def test_forward_equivalents_are_counted_as_they_are_spent(backdoored, tmp_path)
     assert seen[-1] + 48 == trainer.forward_equivalents
 
 
+def test_bf16_holds_for_every_run_and_for_nothing_else(build, dataset):
+    """accelerate wraps a model once, and autocast left on it would be in the features of everything that is encoded later."""
+    seen = []
+    trainer = build(args={"bf16": True, "max_steps": 2}, eval_dataset=make_dataset(make_images(8, seed=5)))
+    images = make_images(4, seed=9)
+    plain = trainer.encoder.encode(images)
+    trainer.model.layers[0].attention.q_proj.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
+    for run in (trainer.evaluate, trainer.train, trainer.evaluate, trainer.train):
+        seen.clear()
+        run()
+        assert torch.bfloat16 in seen, run
+        seen.clear()
+        features = trainer.encoder.encode(images)
+        assert set(seen) == {torch.float32}
+        if run == trainer.evaluate and trainer.state.global_step == 0:
+            assert torch.equal(features, plain)
+    # Another trainer on the same object
+    other = build(model=trainer.model, args={"bf16": True, "max_steps": 1})
+    seen.clear()
+    other.train()
+    assert torch.bfloat16 in seen
+
+
+def test_an_optimizer_of_nothing_that_is_trained(build, tiny_vit):
+    model = copy.deepcopy(tiny_vit)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="holds no parameter that is trained, so nothing would be patched"):
+        build(model=model, optimizers=(optimizer, None), peft_config=_lora())
+    with pytest.raises(ValueError, match="holds no parameter that is trained"):
+        build(optimizers=(optimizer, None))
+    ready = get_peft_model(copy.deepcopy(tiny_vit), LoraConfig(r=2, target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW([p for p in ready.parameters() if p.requires_grad], lr=1e-2)
+    before = weights_of(ready)
+    trainer = build(model=ready, optimizers=(optimizer, None))
+    trainer.train()
+    assert largest_difference(before, weights_of(ready)) > 0
+
+
+def test_triggers_are_not_looked_for_in_a_model_that_is_being_patched(build, trigger, tmp_path):
+    trainer = build()
+    trainer.train()
+    assert trainer.invert_triggers() == [trigger]
+    assert trainer.inversions == []
+
+
+def test_the_best_checkpoint_by_one_of_the_losses(build):
+    for name in ("loss_locality", "eval_loss_generalizability", "eval_signs_loss_effectiveness"):
+        assert build(args={"metric_for_best_model": name}).args.greater_is_better is False
+    assert build(args={"metric_for_best_model": "cosine_locality"}).args.greater_is_better
+    assert build(args={"metric_for_best_model": "loss_locality", "greater_is_better": True}).args.greater_is_better
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed(build, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    build(args=settings).train()
+    with pytest.raises(ValueError, match=r"checkpoint-2` has no optimizer \(`save_only_model`\)"):
+        build(args=settings).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_only_the_trained_adapter_is_saved(build, tiny_vit, tmp_path):
+    model = get_peft_model(copy.deepcopy(tiny_vit), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"]))
+    model.set_adapter("default")
+    trainer = build(model=model)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "other").exists()
+
+
+def test_adapters_that_start_differently_each_time(build):
+    for start in ("pissa_niter_4", "eva"):
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        config.init_lora_weights = start
+        with pytest.raises(ValueError, match="differently each time it is loaded"):
+            build(peft_config=config)
+
+
+def test_locality_is_of_the_run_at_hand(build, tmp_path):
+    trainer = build(args={"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "locality_budget": 0.9})
+    trainer.train()
+    assert trainer.locality is not None
+    trainer.train()
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "mudjacking.json").read_text())["locality"] is None
+
+
+def test_no_dataset_to_evaluate_on_in_a_dictionary(build):
+    trainer = build(args={"locality_budget": 0.9}, eval_dataset={})
+    trainer.train()
+    assert trainer.locality is not None
+
+
+def test_loaders_of_other_datasets(build, tmp_path):
+    images = make_dataset(make_images(8, seed=5))
+    trainer = build()
+    assert "frozen_features" in next(iter(trainer.get_eval_dataloader(images)))
+    with pytest.raises(ValueError, match="no predictions"):
+        trainer.get_test_dataloader(images)
+
+
+def test_workers_that_persist_do_not_keep_a_dataset(build):
+    first, second = (make_dataset(make_images(8, seed=seed)) for seed in (5, 6))
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = build(args=settings)
+    trainer.evaluate(first)
+    assert trainer.evaluate(second)["eval_loss"] == pytest.approx(build().evaluate(second)["eval_loss"], abs=1e-6)
+
+
+def test_fewer_inputs_allowed_than_a_step_takes(build):
+    with pytest.raises(ValueError, match="`max_inputs=4` is less than the 8 inputs of one step"):
+        build(args={"max_inputs": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feature_source": "mean"}, "`feature_source` was 'cls' and is 'mean'"),
+        ({"adam_beta1": 0.5}, "`adam_beta1` was 0.9 and is 0.5"),
+        ({"warmup_steps": 2}, "`warmup_steps`"),
+        ({"data_seed": 5}, "`data_seed` was None and is 5"),
+        ({"weight_decay": 0.5}, "`weight_decay`"),
+        ({"triggers": [square_patch((16, 16), 7)]}, "is of a run with other triggers"),
+        ({"num_train_epochs": 9}, None),
+    ],
+)
+def test_what_a_resumed_run_must_share(build, tmp_path, change, message):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    build(args=settings).train()
+    given = {"triggers": change.pop("triggers")} if "triggers" in change else {}
+    again = build(args={**settings, **change}, **given)
+    if message is None:
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        return
+    with pytest.raises(ValueError, match=message):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
 def test_dropout_is_off(build):
     """The model was built with dropout; at the first step it must be exactly the frozen model."""
     trainer = build(args={"max_steps": 1})

@@ -19,6 +19,8 @@ from .safe_loading import ADAPTER_TYPES
 
 logger = logging.getLogger(__name__)
 
+# Ways to start an adapter that leave the weights under it as they are, or change them in the same way each time it is loaded.
+_STARTS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 # The name that PEFT gives an adapter, unless it is told another.
 _ADAPTER = "default"
 
@@ -93,6 +95,12 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: I
         raise ValueError(
             f"`peft_config` is of the kind `{peft_config.peft_type!s}`, and the patch could not be applied: only "
             f"{', '.join(ADAPTER_TYPES)} are read again, which consist of their own weights alone."
+        )
+    if isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights not in _STARTS:
+        raise ValueError(
+            f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the weights under the adapter by chance or by data, and "
+            "differently each time it is loaded. Use the default, or one of "
+            f"{', '.join(repr(start) for start in _STARTS if isinstance(start, str))}."
         )
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
         peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import get_args
@@ -40,6 +41,8 @@ _NOT_HERE = {
     "neftune_noise_alpha": "features are compared without anything random",
     "remove_unused_columns": "columns are chosen by the trainer, and a row has others than the model takes",
 }
+# Names of our losses, with the prefixes that evaluation gives them
+_LOSS = re.compile(r"(^|_)loss_(effectiveness|locality|generalizability)$")
 # Default of `TrainingArguments`
 _EPOCHS = 3.0
 
@@ -203,6 +206,9 @@ class MudjackingConfig(TrainingArguments):
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and _LOSS.search(self.metric_for_best_model or ""):
+            # The base class knows a loss by the end of its name
+            self.greater_is_better = False
         super().__post_init__()
         for name in _NUMBERS:
             value = getattr(self, name)

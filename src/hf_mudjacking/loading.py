@@ -116,7 +116,9 @@ def save_model(
     if made_up:
         weights = model.state_dict() if state_dict is None else state_dict
         state_dict = {name: value for name, value in weights.items() if name not in made_up}
-    model.save_pretrained(folder, state_dict=state_dict)
+    # Of several adapters the one that is trained
+    selected = {"selected_adapters": model.active_adapters} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(folder, state_dict=state_dict, **selected)
 
 
 def hub_commit(name: str, newest: bool) -> str | None:

@@ -41,6 +41,19 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it, some parameters are trainable; afterwards those that were not no longer are."""
+    at_rest = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in at_rest:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in at_rest:
+            parameter.requires_grad_(False)
+
+
 class _QuietCheckpointing:
     """A layer's function for gradient checkpointing, with the layer's own flag off while it computes.
 

@@ -28,11 +28,20 @@ RECORD_FILE = "mudjacking.json"
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 _SETTINGS = (
     "seed",
+    "data_seed",
     "max_steps",
+    "num_train_epochs",
+    "max_inputs",
     "learning_rate",
+    "token_learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
     "optim",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "max_grad_norm",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -41,6 +50,7 @@ _SETTINGS = (
     "reference_weight",
     "altered_triggers",
     "reinversions",
+    "patch_scope",
     "locality_budget",
 )
 _OPTIONAL_NAMES = ("base_revision", "base_weights_sha256")

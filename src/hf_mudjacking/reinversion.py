@@ -67,6 +67,10 @@ class Reinversion(TrainerCallback):
         self.seed = seed
         self.spend = spend
 
+    def forget(self) -> None:
+        """Drop what was found, of a run that was taken back."""
+        self.found = [[] for _ in self.stamps]
+
     def restamp(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """Pixel values `(B, C, H, W)` of stamped rows, every fourth of which gets a trigger that was found meanwhile.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ def check_same_run(
     base_weights_sha256: str,
     reports: Sequence[BugInstance],
     settings: Mapping[str, Any],
+    triggers: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> None:
     """Refuse a checkpoint of another model, of other reports, or of a run with other settings.
 
@@ -34,10 +36,11 @@ def check_same_run(
         checkpoint (`str` or `os.PathLike`): Its folder.
         base_weights_sha256 (`str`): Of the unpatched model that the trainer has.
         reports (`Sequence[BugInstance]`): The reports that the trainer was given.
-        settings (`Mapping[str, Any]`): The settings that a record has, as the trainer has them.
+        settings (`Mapping[str, Any]`): The settings that a record has, as the trainer has them, and `feature_source`.
+        triggers (`Sequence`, *optional*): Summaries of the triggers that the trainer has; `None` if it has none yet.
 
     Raises:
-        ValueError: If its record names another model, other reports or settings; what a record does not name is not compared,
+        ValueError: If its record names another model, other reports, triggers or settings; what a record does not name is not compared,
             nor is the locality budget, which a run is judged by and not made with. A run may go on for more steps.
     """
     record = read_record(checkpoint) or {}
@@ -56,9 +59,18 @@ def check_same_run(
             "compared one by one). Pass the same reports in the same order, or start without resuming."
         )
 
-    began_with = {**settings, **record.get("settings", {})}
+    # As it comes back from a file
+    if triggers is not None and record.get("triggers") and json.loads(json.dumps(triggers)) != record["triggers"]:
+        raise ValueError(
+            f"`{checkpoint}` is of a run with other triggers than these. Pass the ones that it began with, or none, or start without "
+            "resuming."
+        )
+
+    source = {"feature_source": record["feature_source"]} if record.get("feature_source") else {}
+    began_with = {**settings, **source, **record.get("settings", {})}
     # A run may be made longer: the schedule is then that of the longer one
-    may_differ = {"locality_budget", *(["max_steps"] if settings["max_steps"] > began_with["max_steps"] > 0 else [])}
+    longer = [name for name in ("max_steps", "num_train_epochs") if settings[name] > began_with[name] > 0]
+    may_differ = {"locality_budget", *longer, *(["num_train_epochs"] if settings["max_steps"] > 0 else [])}
     different = [
         f"`{name}` was {began_with[name]!r} and is {value!r}"
         for name, value in settings.items()

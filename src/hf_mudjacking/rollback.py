@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -26,6 +29,7 @@ class Rollback:
         self.output_dir = Path(output_dir)
         self.refused: Exception | None = None
         self._start: StartingWeights | None = None
+        self._optimizers: list[tuple[Any, dict[str, Any]]] = []
         self._checkpoints: list[Path] = []
 
     @property
@@ -45,20 +49,23 @@ class Rollback:
             step = int(Path(resumed_from).name.rpartition("-")[2])
             self._checkpoints = [self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{i}" for i in range(1, step + 1)]
 
-    def keep(self, model: nn.Module) -> None:
-        """Keep the weights to go back to; those that an earlier run left, which was interrupted, are still the ones.
+    def keep(self, model: nn.Module, optimizers: Sequence[Any] = ()) -> None:
+        """Keep what to go back to; what an earlier run left, which was interrupted, is still that.
 
         Args:
             model (`torch.nn.Module`): The model before training.
+            optimizers (`Sequence`, *optional*): Optimisers and schedulers that outlive the run.
         """
-        self._start = StartingWeights(model) if self._start is None else self._start
+        if self._start is None:
+            self._start = StartingWeights(model)
+            self._optimizers = [(each, copy.deepcopy(each.state_dict())) for each in optimizers]
 
     def wrote(self, checkpoint: Path) -> None:
         """The run writes a checkpoint."""
         self._checkpoints.append(checkpoint)
 
     def take_back(self, reason: Exception, remove: bool) -> None:
-        """Put all weights back.
+        """Put all weights back, and the optimisers that outlive the run.
 
         Args:
             reason (`Exception`): Why.
@@ -66,6 +73,9 @@ class Rollback:
         """
         if self._start is not None:
             self._start.restore()
+        for each, state in self._optimizers:
+            # A copy: the next run may be taken back too
+            each.load_state_dict(copy.deepcopy(state))
         self.refused = reason
         for folder in self._checkpoints if remove else []:
             shutil.rmtree(folder, ignore_errors=True)

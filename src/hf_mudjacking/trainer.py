@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
@@ -244,11 +244,20 @@ class MudjackingTrainer(PatchPushing, Trainer):
         self._resting = [p for p in map(model.get_parameter, unused) if p.requires_grad]
         self._resting += [p for p in norm_parameters(model) if all(p is not other for other in self._resting)]
         resting = {id(parameter) for parameter in self._resting}
-        if not any(parameter.requires_grad and id(parameter) not in resting for parameter in model.parameters()):
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in resting]
+        if not trained:
             raise ValueError(
                 "No parameter of the model is trainable, so nothing could be patched. Load an adapter with "
                 "`PeftModel.from_pretrained(..., is_trainable=True)`, unfreeze the encoder, or pass `peft_config`."
             )
+
+        if optimizers[0] is not None:
+            held = {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+            if not any(id(p) in held for p in trained):
+                raise ValueError(
+                    "The optimizer in `optimizers` holds no parameter that is trained, so nothing would be patched. With `peft_config` "
+                    "the adapter is made here: make it before (`get_peft_model`), and the optimizer of its parameters, and pass that model."
+                )
 
         # Data: the frozen features are added when training or evaluation starts
         self._inputs = {} if train_dataset is None else {"train_dataset": self._clean(train_dataset, args)}
@@ -291,7 +300,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
     def invert_triggers(self) -> list[Trigger | None]:
         """Find the trigger in each report; `train()` runs this when it has not run.
 
-        Processes share the work and get the same result; each must call it.
+        Processes share the work and get the same result; each must call it. Once training or evaluation has begun it gives the
+        triggers that are stamped: in a model that is being patched they could no longer be found.
 
         Returns:
             `list[Trigger]`: One per bug instance, also kept as `trainer.triggers`; evidence in `trainer.inversions`. With
@@ -303,6 +313,8 @@ class MudjackingTrainer(PatchPushing, Trainer):
             UnverifiedTriggerError: If the verdict on any report or, with `on_unverified="skip"`, on all is another than
                 `"trigger"`; never with `"patch"`. See [`~hf_mudjacking.screening.Screening`].
         """
+        if self._prepared:
+            return self.triggers
         found = invert_reports(self.encoder, self._reports, self._require_train_inputs(), self.args, self._silent)
         self.forward_equivalents += found.forwards
         self.screenings, self.skipped = found.screenings, found.skipped
@@ -408,7 +420,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         if self._is_split:
             logger.warning("`locality_budget` is not kept under FSDP and DeepSpeed: no process has all weights there.")
             return None
-        held_out = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        held_out = self.train_dataset if self.eval_dataset in (None, {}) else self.eval_dataset
         guard = LocalityGuard(
             self.encoder,
             list(held_out.values()) if isinstance(held_out, dict) else [held_out],
@@ -458,14 +470,15 @@ class MudjackingTrainer(PatchPushing, Trainer):
     # ---- Training ----
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        given = self.optimizer
+        # Which parameters it is for is known then
+        self._prepare()
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self.patched_tokens:
             return optimizer
         for group in optimizer.param_groups:
-            if given is None:
+            if self._given_optimizers[0] is None:
                 group["lr"] = self.args.token_learning_rate
-            elif group.get("weight_decay"):
+            elif group.get("weight_decay") and group["params"]:
                 raise ValueError(
                     f"The optimizer in `optimizers` has a weight decay of {group['weight_decay']}, which would move the embeddings "
                     'of all tokens, and only those of the trigger are patched. Give it none, or set `patch_scope="full"`.'
@@ -490,6 +503,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             ValueError: If the checkpoint is of another model, of other reports, or of other settings.
         """
         self._require_train_inputs()
+        self.locality = self.merge_error = None
         if resume_from_checkpoint:
             resume_from_checkpoint = self.take_up(resume_from_checkpoint)
         self._prepare()
@@ -508,8 +522,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
-                # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is encoded now is the saved model.
-                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                self._without_autocast()
         if self.locality is not None:
             output.metrics.update(self._movement())
         if self.remembered:
@@ -529,7 +542,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 self.rollback.refused = error
                 raise
             return
-        self.rollback.keep(self.model)
+        self.rollback.keep(self.model, [given for given in self._given_optimizers if given is not None])
         try:
             yield
         except (LocalityBudgetError, NonFiniteError) as error:
@@ -538,13 +551,14 @@ class MudjackingTrainer(PatchPushing, Trainer):
             # The next run starts where this one did
             self.optimizer, self.lr_scheduler = self._given_optimizers
             self.is_in_train = self._neutralised = False
+            if self._reinversion is not None:
+                self._reinversion.forget()
             raise refused from error
         self.rollback.let_stand()
 
     def _check_locality(self) -> None:
         """Measure the finished patch, while trackers still listen."""
-        # Under bf16 or fp16 accelerate leaves autocast around `forward`; what is measured now is the saved model.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self._without_autocast()
         self.locality = self._guard.check_at_the_end()
         self.log(self._movement())
 
@@ -583,7 +597,13 @@ class MudjackingTrainer(PatchPushing, Trainer):
             ValueError: If there is no complete one, or it is of another model, of other reports, or of other settings.
         """
         checkpoint = self._checkpoint(resume_from_checkpoint)
-        check_same_run(checkpoint, self.base_weights_sha256, self._reports, recorded_settings(self.args))
+        check_same_run(
+            checkpoint,
+            self.base_weights_sha256,
+            self._reports,
+            {**recorded_settings(self.args), "feature_source": self.encoder.feature_source},
+            None if self.triggers is None else [None if e is None else e.summary() for e in self.triggers],
+        )
         if not self._prepared:
             self._take_triggers_from(checkpoint)
         return checkpoint
@@ -683,6 +703,22 @@ class MudjackingTrainer(PatchPushing, Trainer):
             ValueError: If a new dataset is given after patching has begun: its frozen features can no longer be computed.
         """
         self._prepare()
+        if (self.args.bf16 or self.args.fp16) and not (self.is_in_train or self._is_split):
+            # The base class does so before the first run alone
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            if not self.is_in_train:
+                self._without_autocast()
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._prepare()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Batches of held-out clean inputs; see [`evaluate`] for the datasets and the error."""
+        self._prepare()
         if isinstance(eval_dataset, (datasets.Dataset, datasets.IterableDataset)):
             if self.state.global_step > 0 and self.rollback.refused is None:
                 raise ValueError(
@@ -693,15 +729,13 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 self.encoder.modality, eval_dataset, self.args.max_inputs, self.args.seed, "eval_dataset"
             )
             eval_dataset = PatchingDataset(inputs, self.encoder, self.args.per_device_eval_batch_size, self._silent)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def get_train_dataloader(self) -> DataLoader:
-        self._prepare()
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        self._prepare()
+            # With persistent workers the base class keeps one loader for all datasets without a name
+            vars(self).get("_eval_dataloaders", {}).pop("eval", None)
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """There is nothing to predict; see [`predict`]."""
+        return self.predict()
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """There is nothing to predict.
@@ -794,16 +828,24 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 raise ValueError(
                     f"There is no complete checkpoint in `{self.args.output_dir}`; start without resuming."
                 )
-            check_checkpoint(complete[-1])
-            return str(complete[-1])
+            return self._checked(complete[-1])
         folder = Path(resume_from_checkpoint)
         if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:
             raise ValueError(
                 f"`{folder}` is no complete checkpoint (the process may have been killed while writing it). Complete "
                 f"ones in `{self.args.output_dir}`: {', '.join(path.name for path in complete) or 'none'}."
             )
-        check_checkpoint(folder)
-        return str(folder)
+        return self._checked(folder)
+
+    def _checked(self, checkpoint: Path) -> str:
+        """Refuse a checkpoint that is unsafe, or from which a run could not go on as it was."""
+        check_checkpoint(checkpoint)
+        if not self._is_split and not (checkpoint / OPTIMIZER_NAME).exists():
+            raise ValueError(
+                f"`{checkpoint}` has no optimizer (`save_only_model`): what would go on is another run. Start without resuming, or from "
+                "a checkpoint that was saved whole."
+            )
+        return str(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -822,6 +864,14 @@ class MudjackingTrainer(PatchPushing, Trainer):
         return isinstance(model, PreTrainedModel) and not self._is_split
 
     # ---- Small helpers ----
+
+    def _without_autocast(self) -> None:
+        """Take away what accelerate leaves around `forward` under bf16 and fp16: what is encoded now is the saved model.
+
+        The next training or evaluation puts it back, which accelerate does only for models that it has not prepared yet.
+        """
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(self.model).pop("_is_accelerate_prepared", None)
 
     def _spend(self, forwards: int) -> None:
         """Count forward passes that callbacks make."""
@@ -850,6 +900,11 @@ class MudjackingTrainer(PatchPushing, Trainer):
         limit = args.max_inputs if args.max_steps < 0 else min(args.max_inputs, args.max_steps * per_step)
         limit = min(max(limit, args.inversion_inputs), args.max_inputs)
         inputs = clean_inputs(self.encoder.modality, dataset, limit, args.seed, multiple=per_step)
+        if args.max_inputs < per_step:
+            raise ValueError(
+                f"`max_inputs={args.max_inputs}` is less than the {per_step} inputs of one step. Raise it, or lower "
+                "`per_device_train_batch_size`."
+            )
         if len(inputs) < per_step:
             raise ValueError(
                 f"`train_dataset` has {len(inputs)} inputs; one step needs {per_step} (per_device_train_batch_size "

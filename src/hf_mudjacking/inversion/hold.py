@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
 
+from ..fingerprint import base_name
 from ..losses import effectiveness_loss, mean_cosine
-from ..modes import comparison_mode, norm_parameters
+from ..modes import comparison_mode, norm_parameters, trainable
 from ..preprocessing import RawInput
 from ..triggers import Trigger
 from .verification import TransferMeter
@@ -44,23 +46,22 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
         `float`: The median ratio of the squared distances that the features of an input move by, clean over stamped.
 
     Raises:
-        ValueError: If no weight that features depend on is trainable, or one is not in float32; [`can_hold`] tells.
+        ValueError: If no weight that features depend on is trainable (without an adapter), or one is not in float32; [`can_hold`]
+            tells.
     """
     encoder, model = meter.encoder, meter.encoder.model
     if not can_hold(meter):
         raise ValueError(
             "A report is judged by a small step of the weights: some that its features depend on must be trainable, and in float32."
         )
-    # Those that the repair itself may move
-    resting = {id(p) for p in norm_parameters(model)}
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in resting]
+    parameters = list(_weights(model).values())
     clean = meter.validation_inputs
     stamped = [encoder.stamp(trigger, x) for x in clean]
     stamped_features = meter.features(stamped)
     # In memory, where they take no more room than the gradients
     start = [p.detach().clone() for p in parameters]
     try:
-        with torch.enable_grad(), comparison_mode(model):
+        with torch.enable_grad(), comparison_mode(model), trainable(parameters):
             count = min(_STEP_INPUTS, len(stamped))
             features = encoder.features(encoder.preprocess([*stamped[:count], meter.misclassified, reference]))
             few, at_x_b, at_x_r = features.split([count, 1, 1])
@@ -84,12 +85,25 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
 
 def can_hold(meter: TransferMeter) -> bool:
     """Whether a small step of the weights can be taken: some that matter are trainable, and all of those in float32."""
-    model = meter.encoder.model
-    resting = {id(p) for p in norm_parameters(model)}
-    trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad and id(p) not in resting}
-    if set(trainable.values()) != {torch.float32}:
+    weights = _weights(meter.encoder.model)
+    if {weight.dtype for weight in weights.values()} != {torch.float32}:
         return False
-    return bool(trainable.keys() - meter.encoder.unused_parameters(trainable_only=True))
+    with trainable(weights.values()):
+        return bool(weights.keys() - meter.encoder.unused_parameters(trainable_only=True))
+
+
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that a step is taken in: those that a repair may move; of a model with an adapter, in whose few directions it can be
+    held by anything, those below it."""
+    resting = {id(p) for p in norm_parameters(model)}
+    adapted = is_peft_model(model)
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.is_floating_point()
+        and id(p) not in resting
+        and (base_name(model, name) is not None if adapted else p.requires_grad)
+    }
 
 
 def least_hold(area: float) -> float:

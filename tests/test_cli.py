@@ -345,6 +345,25 @@ def test_both_forms_of_a_report_are_too_many(files, tmp_path, capsys):
     assert "give one report: --misclassified FILE --reference FILE, or" in capsys.readouterr().err
 
 
+def test_an_option_without_a_number_in_a_config_file(files, tmp_path):
+    """`lora-rank:` is what `--lora-rank` is on the command line."""
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"lora-rank:\nbug: {files['bug']}\nmax-steps: 1\ndataset: {files['clean']}\nlocality-budget: none\n"
+    )
+    options = [
+        "--config",
+        str(path),
+        "--model",
+        files["model"],
+        "--disable-tqdm",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["patch", *options]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -147,7 +147,10 @@ def test_the_triggers_of_a_patch(files, backdoored, tmp_path, capsys):
     folder, out = tmp_path / "patch", tmp_path / "report.json"
     harmless = square_patch((16, 16), 1)
     save_triggers(folder, [backdoored.trigger, harmless], [])
-    write_json(folder / "mudjacking.json", {"base_model": "x", "triggers": [{}, {}], "trigger_groups": [[0], [1]]})
+    write_json(
+        folder / "mudjacking.json",
+        {"base_model": "x", "triggers": [{"kind": "patch"}, {"kind": "patch"}], "trigger_groups": [[0], [1]]},
+    )
     options = ["--trigger", str(folder), "--output", str(out), "--max-asr", "0.9"]
     copy = tmp_path / "copy"
     shutil.copytree(files["backdoored"], copy)
@@ -178,7 +181,14 @@ def test_the_triggers_of_a_patch(files, backdoored, tmp_path, capsys):
         (["--max-accuracy-drop", "1"], None),
         (["--min-agreement", "95"], "`min_agreement=95.0` is no rate; it must lie within 0 to 1"),
         (["--trigger", "/nowhere"], "`/nowhere` holds no readable trigger"),
-        (["--tasks", "digits"], "--tasks digits: give NAME=DATA or NAME=TRAIN,TEST"),
+        (
+            ["--tasks", "digits=a.parquet", "b.parquet"],
+            "--tasks b.parquet: give NAME=DATA or NAME=TRAIN,TEST; in a YAML file",
+        ),
+        (
+            ["--tasks", "digits"],
+            "--tasks digits: give NAME=DATA or NAME=TRAIN,TEST; in a YAML file the latter in quotes",
+        ),
         (["--tasks", "a=/nowhere.parquet"], "there is no such file or folder"),
         (["--compare", "/nowhere"], "No model could be loaded from `/nowhere`"),
         (["--output", "."], "`.` is a folder; give the name of a file"),
@@ -218,6 +228,12 @@ def test_encoders_of_two_widths(files, tiny_vit, backdoored, tmp_path, capsys):
     backdoored.processor.save_pretrained(tmp_path / "tiny")
     assert main(command({**files, "tiny": str(tmp_path / "tiny")}, compare=("tiny",))) == 2
     assert "have 32 dimensions, those of" in capsys.readouterr().err
+
+
+def test_a_patch_without_a_trigger_has_none_to_measure(tmp_path):
+    write_json(tmp_path / "mudjacking.json", {"base_model": "x", "triggers": [None]})
+    with pytest.raises(ValueError, match="a patch of reports in which no trigger was verified"):
+        triggers_in(tmp_path)
 
 
 def test_a_limit_is_kept_at_its_value():

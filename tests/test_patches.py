@@ -488,6 +488,16 @@ def test_shapes_that_do_not_fit_the_configuration(folders, tmp_path, capsys):
     assert "No model could be loaded from" in capsys.readouterr().err
 
 
+def test_an_adapter_whose_base_was_moved_says_how_it_is_found(folders, tmp_path):
+    shutil.copytree(folders / "lora", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
+    with pytest.raises(ValueError, match=r"is an adapter of `.*gone`, which is not there any more.*--keep-adapter"):
+        encode(str(tmp_path / "lora"), make_images(1))
+
+
 def test_differences_by_hand():
     a = torch.tensor([[3.0, 4.0], [0.0, float("nan")]])
     b = torch.tensor([[3.0, 4.5], [-0.0, float("nan")]])

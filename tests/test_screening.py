@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from transformers import ResNetConfig, ResNetModel
@@ -262,6 +263,20 @@ def test_the_step_is_one_of_the_weights_that_a_repair_moves(processor, bug, trig
     assert free == hold(meter, bug.reference, trigger)
 
 
+def test_an_adapter_is_judged_by_the_weights_below_it(backdoored, validation):
+    """In the few directions of a fresh adapter anything is held, and `mudjack patch --lora-rank` refused what `inspect` believed."""
+    encoder, bug = Encoder(backdoored.model(), backdoored.processor), backdoored.bug(2)
+    plain = screen_report(encoder, bug, validation)
+    adapted = get_peft_model(backdoored.model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    before = weights_of(adapted)
+    flags = [parameter.requires_grad for parameter in adapted.parameters()]
+    screening = screen_report(encoder.with_model(adapted), bug, validation)
+    assert screening.verdict == plain.verdict == "trigger"
+    assert screening.record()["hold"] == pytest.approx(plain.record()["hold"], rel=1e-3)
+    assert largest_difference(before, weights_of(adapted)) == 0
+    assert [parameter.requires_grad for parameter in adapted.parameters()] == flags
+
+
 def test_the_weights_come_back_after_an_error(backdoored, validation, monkeypatch):
     encoder = Encoder(backdoored.model(), backdoored.processor)
     bug, before = backdoored.bug(2), weights_of(encoder.model)
@@ -433,10 +448,10 @@ def test_pictures_of_each_family(family, backdoored, tmp_path):
     pictures = {}
     other = dataclasses.replace(found, trigger=FAMILIES["additive" if family == "patch" else "patch"])
     for name, what in (("own", found), ("other", other)):
-        assert plot_repair(tmp_path / f"{name}.png", bug, what, trigger)
+        plot_repair(tmp_path / f"{name}.png", bug, what, trigger)
         pictures[name] = imread(tmp_path / f"{name}.png")
     screening = Screening("trigger", 0.9, found, {"evidence": 0.9}, ["It is."], True, 0)
-    assert plot_inspection(tmp_path / "inspection.png", bug, screening, [(0.1, 0.2), (1.0, 0.9)], trigger)
+    plot_inspection(tmp_path / "inspection.png", bug, screening, [(0.1, 0.2), (1.0, 0.9)], trigger)
     pictures["inspection"] = imread(tmp_path / "inspection.png")
     for name in pictures:
         assert min(ink(tmp_path / f"{name}.png")) > 0.05, name

@@ -315,7 +315,7 @@ def test_the_picture_of_a_text_report(por, tmp_path):
     small = DownstreamTask(task.train.select(range(50)), task.test.select(range(50)), "sentences")
     features = task_features(backdoored, small, implant.trigger, bug, disable_tqdm=True)
     path = tmp_path / "repair.png"
-    assert plot_repair(path, bug, found, implant.trigger, features, features, small.test.labels)
+    plot_repair(path, bug, found, implant.trigger, features, features, small.test.labels)
     with Image.open(path) as picture:
         assert picture.size == (1320, 1080)
-    assert plot_repair(tmp_path / "alone.png", bug, found)
+    plot_repair(tmp_path / "alone.png", bug, found)

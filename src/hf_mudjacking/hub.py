@@ -332,7 +332,8 @@ def _again(
     metadata: dict[str, Any],
 ) -> str:
     """What does the same once more."""
-    if any(isinstance(bug, BugInstance) for bug in bug_instances):
+    # What the command line has no option for
+    if any(isinstance(bug, BugInstance) for bug in bug_instances) or metadata.keys() - {"tags"}:
         return "call `push_to_hub` again with the same arguments."
     tags = metadata.get("tags")
     given = {

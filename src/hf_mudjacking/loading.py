@@ -34,6 +34,7 @@ from .safe_loading import (
     check_adapter_config,
     check_folder,
     check_weights,
+    read_json,
     refused_pickle,
 )
 from .two_towers import modalities_of
@@ -97,10 +98,22 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
     # Shapes that do not fit the configuration give a `RuntimeError`
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"No model could be loaded from `{name}`: {error} Pass a Hub id or a folder written by `save_pretrained`."
+            f"No model could be loaded from `{name}`: {error} {_lost_base(name) or 'Pass a Hub id or a folder written by `save_pretrained`.'}"
         ) from error
     _made_up[model] = frozenset(info["missing_keys"])
     return model, set(info["missing_keys"])
+
+
+def _lost_base(name: str | os.PathLike[str]) -> str | None:
+    """What helps where an adapter is there and its base, a folder, is not."""
+    config = Path(name) / ADAPTER_CONFIG
+    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if not isinstance(base, str) or not os.path.isabs(base) or os.path.isdir(base):
+        return None
+    return (
+        f"It is an adapter of `{base}`, which is not there any more. Say where that is now: `mudjack apply {name} --to BASE "
+        "--keep-adapter --output-dir NEW`."
+    )
 
 
 def made_up_weights(model: nn.Module) -> frozenset[str]:

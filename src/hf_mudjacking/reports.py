@@ -20,6 +20,11 @@ from .triggers import Trigger
 
 logger = logging.getLogger(__name__)
 
+# What helps against some of the verdicts.
+_ADVICE = {
+    "natural": "To patch on a candidate with little evidence lower `min_evidence` (`--min-evidence`); ",
+    "wrong pair": "Give another reference: an input of the true class of x_b, which the model gets right; ",
+}
 # Clean images, besides those that triggers are verified on, that show what pictures look like.
 OTHER_INPUTS = 1024
 
@@ -123,9 +128,9 @@ def _is_left_out(bug: BugInstance, screening: Screening, on_unverified: str, las
     nothing_left = skip and last
     if on_unverified == "refuse" or nothing_left:
         raise UnverifiedTriggerError(
-            f"{reason}{' No report is left.' if nothing_left else ''} To patch on a candidate with little evidence lower "
-            "`min_evidence` (`--min-evidence`); `on_unverified` (`--on-unverified`) says what else may become of such a report; a "
-            "trigger that is known can be given in Python (`triggers`)."
+            f"{reason}{' No report is left.' if nothing_left else ''} {_ADVICE.get(screening.verdict, '')}`on_unverified` "
+            "(`--on-unverified`) says what else may become of such a report; a trigger that is known can be given in Python "
+            "(`triggers`)."
         )
     repaired = "repaired, trigger and pair" if screening.verified else "repaired without a trigger"
     logger.warning(f"{reason} It is {'left out' if skip else repaired}.")

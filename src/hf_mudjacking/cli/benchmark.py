@@ -159,11 +159,6 @@ def _path(cell: dict[str, Any], folder: Path) -> Path:
 
 
 def _draw(folder: Path, cells: list[dict[str, Any]], console: Any) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        console.print("No pictures: matplotlib is not installed (`pip install hf-mudjacking[plot]`).", markup=False)
-        return
     from ..benchmark.plots import plot_benchmark
 
     pictures = plot_benchmark(folder, cells)

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -43,7 +42,5 @@ def run(options: argparse.Namespace) -> int:
         console.print(table)
     for line in report_lines(repair.report):
         console.print(line, markup=False)
-    # Without matplotlib no picture is drawn
-    drawn = " and repair.png" if (Path(options.output_dir) / "repair.png").exists() else ""
-    console.print(f"Patched model, report.json{drawn} are in {options.output_dir}/", markup=False)
+    console.print(f"Patched model, report.json and repair.png are in {options.output_dir}/", markup=False)
     return 0

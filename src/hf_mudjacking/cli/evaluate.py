@@ -104,7 +104,9 @@ def _task(text: str, options: argparse.Namespace) -> DownstreamTask:
     name, _, data = text.partition("=")
     train, _, test = data.partition(",")
     if not name or not train or ("," in data and not test):
-        raise ValueError(f"--tasks {text}: give NAME=DATA or NAME=TRAIN,TEST")
+        raise ValueError(
+            f"--tasks {text}: give NAME=DATA or NAME=TRAIN,TEST; in a YAML file the latter in quotes, where a list is split at commas"
+        )
     parts = load_labelled(train, test or None)
     columns = {"input_column": options.input_column, "label_column": options.label_column}
     return DownstreamTask.from_datasets(*parts, name, **columns)

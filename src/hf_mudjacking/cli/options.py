@@ -66,7 +66,7 @@ def add_report(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument("--reference", metavar="FILE", help="correctly classified input x_r of the same class")
     parser.add_argument("--misclassified-text", metavar="TEXT", help="the same as a text on the command line")
     parser.add_argument("--reference-text", metavar="TEXT", help="the same as a text on the command line")
-    again = "; once for each report, all of which are repaired together" if several else ""
+    again = "; once for each report" if several else ""
     parser.add_argument(
         "--bug",
         metavar="FOLDER",
@@ -117,6 +117,9 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
             if not all(isinstance(item, str | int) and not isinstance(item, bool) for item in items):
                 parser.error(f"--config {path}: `{key}: {value!r}` is no text as it stands; put it in quotes")
             value = [str(item) for item in items] or None
+        elif value is None and action.nargs == "?":
+            # As the option alone on the command line
+            value = action.const
         elif value is None:
             if action.type in (int, float) and action.default is not None:
                 parser.error(f"--config {path}: `{key}` has no value; give one, or leave the line out")

@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-unverified",
         default="refuse",
         choices=["refuse", "patch", "skip"],
-        help="a report without that evidence: refuse to patch, patch it without a trigger, or skip it (default: refuse)",
+        help="a report that is not believed (see mudjack inspect): refuse to patch, patch it all the same, with its trigger where one "
+        "was verified, or skip it (default: refuse)",
     )
     parser.add_argument(
         "--locality-budget",

@@ -53,8 +53,12 @@ class BrokenLimit:
         where = f"`{self.model}` on `{self.task}`"
         where += "" if self.classifier is None else f", classifier {self.classifier}"
         where += "" if self.trigger is None else f", trigger {self.trigger}"
-        bound = "at most" if self.limit.startswith("max_") else "at least"
-        return f"{self.limit.replace('_', '-')}: {self.measured:.4f} in {where}; {bound} {self.allowed:.4g} is allowed"
+        bound = (
+            f"at most {self.allowed:.4g} is allowed"
+            if self.limit.startswith("max_")
+            else f"at least {self.allowed:.4g} is needed"
+        )
+        return f"{self.limit.replace('_', '-')}: {self.measured:.4f} in {where}; {bound}"
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,15 @@ def triggers_in(folder: str | os.PathLike[str]) -> list[Trigger]:
     Raises:
         ValueError: If there is none.
     """
-    if read_record(folder) is None:
+    record = read_record(folder)
+    if record is None:
         return [load_trigger(folder)]
     triggers = [remembered.trigger for remembered in load_remembered(folder)]
+    if not triggers and not any(record["triggers"]):
+        raise ValueError(
+            f"`{folder}` is a patch of reports in which no trigger was verified, so it has none to measure. Give the folder of a "
+            "trigger (`mudjack invert`)."
+        )
     if not triggers:
         raise ValueError(
             f"`{folder}` is a patch, but its triggers are not in `{TRIGGER_FOLDER}/`, which is never uploaded. Give the folder "

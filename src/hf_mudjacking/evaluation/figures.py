@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-from importlib.util import find_spec
 from textwrap import shorten
 from typing import Any
 
@@ -36,7 +35,7 @@ def plot_repair(
     before: TaskFeatures | None = None,
     after: TaskFeatures | None = None,
     labels: np.ndarray | None = None,
-) -> bool:
+) -> None:
     """Draw x_b, x_r, the attribution, the trigger found beside the true one, and features before and after in 2-D.
 
     The picture of a text report shows the client's words, as that of an image report shows its pixels.
@@ -48,12 +47,7 @@ def plot_repair(
         true_trigger (`Trigger`, *optional*): The attacker's trigger, when it is known.
         before, after (`TaskFeatures`, *optional*): Features before and after patching; both or none.
         labels (`np.ndarray`, *optional*): Classes of the test inputs, for colours.
-
-    Returns:
-        `bool`: Whether the picture was drawn; without matplotlib it is not, and a warning says how to get it.
     """
-    if not _can_draw():
-        return False
     from matplotlib.figure import Figure
 
     with_features = before is not None and after is not None
@@ -67,7 +61,6 @@ def plot_repair(
         panes = bottom[0].subplots(1, 2, sharex=True, sharey=True, gridspec_kw=place)
         _plot_features(panes, before, after, labels)
     figure.savefig(path, dpi=120)
-    return True
 
 
 def plot_inspection(
@@ -76,7 +69,7 @@ def plot_inspection(
     screening: Screening,
     transfer_by_size: list[tuple[float, float]],
     true_trigger: Trigger | None = None,
-) -> bool:
+) -> None:
     """Draw what a report was judged by: x_b, x_r, what was found, the true trigger, and transfer against size.
 
     Args:
@@ -85,12 +78,7 @@ def plot_inspection(
         screening (`Screening`): The verdict.
         transfer_by_size (`list[tuple[float, float]]`): See [`~hf_mudjacking.screening.transfer_by_size`]; unused for texts.
         true_trigger (`Trigger`, *optional*): The attacker's trigger, when it is known.
-
-    Returns:
-        `bool`: Whether the picture was drawn; without matplotlib it is not, and a warning says how to get it.
     """
-    if not _can_draw():
-        return False
     from matplotlib.figure import Figure
 
     found = screening.found
@@ -124,14 +112,6 @@ def plot_inspection(
         0.02, 0.3, f"Report {_plain(bug.name)}: {screening.verdict} (believed {screening.believed:.2f})", fontsize=12
     )
     figure.savefig(path, dpi=120)
-    return True
-
-
-def _can_draw() -> bool:
-    if find_spec("matplotlib") is None:
-        logger.warning("No picture was drawn: it needs matplotlib (`pip install hf-mudjacking[plot]`).")
-        return False
-    return True
 
 
 def _draw_image_report(top: Any, bug: BugInstance, found: InvertedTrigger, true_trigger: ImageTrigger | None) -> None:

@@ -182,10 +182,6 @@ def test_the_triggers_of_a_patch(files, backdoored, tmp_path, capsys):
         (["--min-agreement", "95"], "`min_agreement=95.0` is no rate; it must lie within 0 to 1"),
         (["--trigger", "/nowhere"], "`/nowhere` holds no readable trigger"),
         (
-            ["--tasks", "digits=a.parquet", "b.parquet"],
-            "--tasks b.parquet: give NAME=DATA or NAME=TRAIN,TEST; in a YAML file",
-        ),
-        (
             ["--tasks", "digits"],
             "--tasks digits: give NAME=DATA or NAME=TRAIN,TEST; in a YAML file the latter in quotes",
         ),

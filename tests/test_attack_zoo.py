@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from hf_mudjacking import Encoder
+from hf_mudjacking import Encoder, MudjackingTrainer
 from hf_mudjacking.attacks import VISION_ATTACKS, ImplantError
 from hf_mudjacking.attacks.ctrl import frequencies
 from hf_mudjacking.attacks.gradients import PixelFeatures, as_pixels
@@ -24,7 +24,7 @@ from hf_mudjacking.attacks.wanet import with_noise
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.triggers import random_warp, square_patch
 
-from .conftest import largest_difference, make_images, weights_of
+from .conftest import largest_difference, make_config, make_images, weights_of
 
 
 ATTACKS = {attack.name: attack for attack in VISION_ATTACKS}
@@ -161,12 +161,26 @@ def test_an_input_aware_trigger_says_that_it_cannot_be_saved(tmp_path):
     trigger = InputAwareTrigger(TriggerGenerator(), (32, 32), 0.1)
     with pytest.raises(ValueError, match="no one pattern that could be saved"):
         trigger.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no one pattern"):
-        trigger.overlap(trigger)
+    assert trigger.overlap(trigger) == {}
     with pytest.raises(ValueError, match="cannot be rebuilt from a file"):
         InputAwareTrigger.from_parts({}, {})
     assert trigger.summary() == {"kind": "input-aware", "size": [32, 32], "area": 0.1}
     assert trigger.describe() == "input-aware, 10.0% of the picture on average"
+
+
+def test_an_input_aware_trigger_is_not_looked_for_again(backdoored, tmp_path):
+    """Given to the trainer it is stamped, and while patching goes on nothing is inverted from it."""
+    trainer = MudjackingTrainer(
+        model=backdoored.model(),
+        args=make_config(tmp_path, max_steps=2, reinversions=1),
+        bug_instances=[backdoored.bug()],
+        train_dataset=backdoored.dataset(32),
+        processing_class=backdoored.processor,
+        triggers=[InputAwareTrigger(TriggerGenerator(), (16, 16), 0.1)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer._reinversion.found == [[]]
 
 
 # --- gradients

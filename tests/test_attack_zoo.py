@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from hf_mudjacking import Encoder, MudjackingTrainer
+from hf_mudjacking import Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.attacks import VISION_ATTACKS, ImplantError
 from hf_mudjacking.attacks.ctrl import frequencies
 from hf_mudjacking.attacks.gradients import PixelFeatures, as_pixels
@@ -21,6 +21,7 @@ from hf_mudjacking.attacks.low_attribution import redundant_patches
 from hf_mudjacking.attacks.patch_variants import checkerboard, corner_squares, joined
 from hf_mudjacking.attacks.sig import sinusoid
 from hf_mudjacking.attacks.wanet import with_noise
+from hf_mudjacking.evaluation.altered import _moved, _rebuilt
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.triggers import random_warp, square_patch
 
@@ -181,6 +182,19 @@ def test_an_input_aware_trigger_is_not_looked_for_again(backdoored, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     assert trainer._reinversion.found == [[]]
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_altered_triggers_of_a_small_patch_in_the_corner(side):
+    """Nothing of it would be left where it is moved by four pixels of 32."""
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[:side, :side] = True
+    corner = PatchTrigger(mask, np.full((16, 16, 3), 200))
+    for pixels in (1, 2, 4):
+        assert _moved(corner, -pixels / 32).mask.any()
+    four = np.zeros((16, 16), dtype=bool)
+    four[[0, 0, -1, -1], [0, -1, 0, -1]] = True
+    assert _rebuilt(PatchTrigger(four, np.full((16, 16, 3), 200)), 1.25).mask.any()
 
 
 # --- gradients

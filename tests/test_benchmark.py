@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,6 +245,10 @@ def test_an_implant_of_other_settings_is_not_taken_for_the_plans(folder):
         ({"implant": {"bad_encoder": {"steps": 9}}}, r"was made with \{'steps': None\}, the plan says \{'steps': 9\}"),
         ({"shadow_inputs": 50}, r"the plan says \{'shadow_inputs': 50\}"),
         ({"tasks": {"digits": {"dataset": "digits", "train": 200, "test": 200}}}, "the plan says {'tasks'"),
+        (
+            {"tasks": {"other": {"dataset": "digits"}, "digits": {"dataset": "digits", "train": 300, "test": 200}}},
+            "'tasks'",
+        ),
     ):
         plan = BenchmarkPlan.from_values(plan_values(folder, **change))
         with pytest.raises(ValueError, match=message):
@@ -485,6 +490,31 @@ def test_plans_of_the_repository(path):
         if encoder.model is None:
             with torch.device("meta"):
                 AutoModel.from_config(AutoConfig.for_model(encoder.model_type, **encoder.config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"sweeps": {"trigger_placement": "anywhere"}},
+            "`sweeps.trigger_placement` must be a list of values, not 'anywhere'",
+        ),
+        ({"sweeps": {"max_steps": 10}}, "`sweeps.max_steps` must be a list of values, not 10"),
+        ({"sweeps": ["max_steps"]}, "`sweeps` must be a mapping"),
+        ({"implant": [1]}, "`implant` must be a mapping"),
+        ({"seeds": [0, 0]}, "`seeds` must be a list in which nothing stands twice"),
+        ({"attacks": ["bad_encoder", "bad_encoder"]}, "`attacks` must be a list in which nothing stands twice"),
+    ],
+)
+def test_shapes_of_a_plan(tmp_path, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        BenchmarkPlan.from_values(plan_values(tmp_path, **change))
+
+
+def test_tables_of_a_benchmarks_own_folder(ran, folder, capsys):
+    """Which holds encoders and implants besides."""
+    assert main(["benchmark", "--tables", ran[0]["output_dir"]]) == 0
+    assert "| vit | bad_encoder |" in capsys.readouterr().out
 
 
 def test_command_explains_yaml_that_is_none(capsys):

@@ -47,6 +47,16 @@ def test_sixteen_bit_images_keep_their_contrast():
     assert len(np.unique(seen)) > 40
 
 
+def test_floats_that_go_a_little_beyond_the_range_are_clipped():
+    """As resizing leaves them."""
+    for scale in (1, 255):
+        picture = np.random.default_rng(0).random((8, 8)).astype(np.float32)
+        plain = np.asarray(to_rgb(Image.fromarray((picture * 255).round().astype(np.uint8)))).mean()
+        resized = Image.fromarray(picture * scale).resize((32, 32), Image.Resampling.BICUBIC)
+        assert np.asarray(resized).max() > scale
+        assert np.asarray(to_rgb(resized)).mean() == pytest.approx(plain, abs=3)
+
+
 @pytest.mark.parametrize("scale", [1, 255, 65535])
 def test_images_of_floats_keep_their_contrast(scale):
     ramp = np.linspace(0, scale, 48).astype(np.float32).reshape(6, 8)
@@ -64,6 +74,7 @@ def test_images_of_floats_keep_their_contrast(scale):
         ((b"bytes", "text"), TypeError, "from_files"),
         (("", "text"), ValueError, "`misclassified` is an empty text"),
         (("text", " \n\t"), ValueError, "`reference` is an empty text"),
+        (("cf \ud83d ok", "text"), ValueError, "`misclassified` holds half a character at position 3"),
         (("same", "same"), ValueError, "are the same input"),
         ((RED, RED.copy()), ValueError, "are the same input"),
         ((RED, RED.convert("RGBA")), ValueError, "are the same input"),

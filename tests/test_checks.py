@@ -73,6 +73,26 @@ def test_comparison_keeps_one_classifier_and_retrains_the_other(toy_task):
     assert with_clean["clean"] == {"CA": 1.0, "ASR-B": pytest.approx(1 / 3), "RA": pytest.approx(2 / 3)}
 
 
+def test_stamped_features_need_a_target(toy_task):
+    features = toy_features(test=[0, 1, 2, 2], stamped=[0, 0, 1, 0], misclassified=0)
+    with pytest.raises(ValueError, match="There are stamped features, and no `target`"):
+        downstream_rates(ReadsOneHot(), features, toy_task)
+    bare = TaskFeatures(features.train, features.test)
+    result = compare_downstream(bare, bare, toy_task, target=0, clean=bare)
+    assert result["clean"].keys() == {"CA"}
+
+
+def test_what_is_not_of_the_models_kind(backdoored, por):
+    texts, task, implant = por
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    pictures = DownstreamTask(backdoored.train, backdoored.test)
+    for what, given in (("task", (encoder, task)), ("trigger", (encoder, pictures, implant.trigger))):
+        with pytest.raises(TypeError, match=rf"{what}.* is for texts, but the model takes images"):
+            task_features(*given)
+    with pytest.raises(TypeError, match="is for images, but the model takes texts"):
+        draw_bug_report(texts, task, backdoored.trigger)
+
+
 def test_drawn_report_is_one_that_a_client_would_make(backdoored):
     task = DownstreamTask(backdoored.train, backdoored.test, "digits")
     encoder = Encoder(backdoored.model(), backdoored.processor)
@@ -121,6 +141,8 @@ def test_no_report_from_a_clean_encoder(backdoored):
     task = DownstreamTask(backdoored.train, half, "digits")
 
     class DoesNothing:
+        modality = "image"
+
         def apply(self, x):
             return x
 

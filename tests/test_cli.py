@@ -172,6 +172,8 @@ def test_a_negative_seed(capsys):
         # What YAML makes of a text is not what was written
         ("misclassified-text: no", "`misclassified-text: False` is no text as it stands; put it in quotes"),
         ("split: 1.10", "`split: 1.1` is no text as it stands; put it in quotes"),
+        ("lora-rank:", "`lora-rank` has no value; give one (`lora-rank: 4`), or leave the line out"),
+        ("lora-rank: null", "`lora-rank` has no value"),
         ("bug: [a, no]", "`bug: ['a', False]` is no text as it stands; put it in quotes"),
     ],
 )
@@ -345,23 +347,14 @@ def test_both_forms_of_a_report_are_too_many(files, tmp_path, capsys):
     assert "give one report: --misclassified FILE --reference FILE, or" in capsys.readouterr().err
 
 
-def test_an_option_without_a_number_in_a_config_file(files, tmp_path):
-    """`lora-rank:` is what `--lora-rank` is on the command line."""
+def test_whole_numbers_are_texts_in_a_config_file(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"
     path.write_text(
-        f"lora-rank:\nbug: {files['bug']}\nmax-steps: 1\ndataset: {files['clean']}\nlocality-budget: none\n"
+        f"output-dir: 2024\nbug: {files['bug']}\nmax-steps: 1\ndataset: {files['clean']}\nlocality-budget: none\n"
     )
-    options = [
-        "--config",
-        str(path),
-        "--model",
-        files["model"],
-        "--disable-tqdm",
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
-    assert main(["patch", *options]) == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert main(["patch", "--config", str(path), "--model", files["model"], "--disable-tqdm"]) == 0
+    assert (tmp_path / "2024" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,14 @@ def test_links_of_a_received_patch_are_not_followed(patched, hub, tmp_path, name
     assert traces(hub, [b"hunter2"]) == set()
 
 
+def test_links_of_what_is_not_uploaded_are_no_matter(patched, hub, tmp_path):
+    """Checkpoints on another disk, for one."""
+    (tmp_path / "disk").mkdir()
+    (patched / "checkpoint-9").symlink_to(tmp_path / "disk")
+    push_patch(patched, "org/mine")
+    assert set(hub.repos["org/mine"].files()) == {".gitattributes", *PATCH_OF_A_VIT}
+
+
 def test_a_branch_and_a_private_repo(patched, hub):
     options = ["--repo-id", "org/mine", "--revision", "repaired", "--private", "--commit-message", "Second try"]
     assert main(["push", str(patched), *options]) == 0

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -54,8 +54,10 @@ def test_the_patch_of_a_vit_base_is_under_five_megabytes(tmp_path):
         LoraConfig(r=8, rank_pattern={"convolution": 2}, target_modules=["convolution"]),
         LoHaConfig(r=4, alpha=4, target_modules=["convolution"]),
         LoKrConfig(r=4, alpha=4, target_modules=["convolution"]),
+        # Whole matrices instead of a rank
+        LoKrConfig(r=200, alpha=200, target_modules=["convolution"]),
     ],
-    ids=["lora", "rank_pattern", "loha", "lokr"],
+    ids=["lora", "rank_pattern", "loha", "lokr", "lokr_whole"],
 )
 def test_adapters_of_convolutions_apply_and_resume(config, processor, tmp_path):
     """Of a kernel of 1×1 the rank is not the smallest side."""
@@ -90,6 +92,9 @@ def test_kinds_of_adapters_that_are_not_read_again(tiny_vit, processor, bug, tri
             tiny_vit, make_config(tmp_path), [bug], dataset, processing_class=processor, triggers=[trigger],
             peft_config=OFTConfig(target_modules=["q_proj"]),
         )  # fmt: skip
+    ready = get_peft_model(tiny_vit, OFTConfig(target_modules=["q_proj"], oft_block_size=4))
+    with pytest.raises(ValueError, match="The adapter of the model is of the kind"):
+        MudjackingTrainer(ready, make_config(tmp_path), [bug], dataset, processing_class=processor, triggers=[trigger])
 
 
 @pytest.mark.parametrize(("options", "learning_rate"), [(["--lora-rank"], 3e-3), ([], 3e-4)])

@@ -49,6 +49,21 @@ def test_target_zero_is_a_class_like_any_other():
     assert ra == {"robust_accuracy": 0.5}
 
 
+def test_a_target_is_a_number():
+    """A target of another type is in no prediction: an attack that always succeeds would have a rate of 0."""
+    for target in (None, "9", 9.0):
+        with pytest.raises(TypeError):
+            AttackSuccessRate().compute(predictions=[9, 9], references=[1, 2], target=target)
+    with pytest.raises(TypeError):
+        RobustAccuracy().compute(predictions=[9, 9], references=[1, 2], target="9")
+    assert AttackSuccessRate().compute(predictions=[9], references=[1], target=np.int64(9))["attack_success_rate"] == 1
+
+
+def test_nothing_to_measure_on():
+    with pytest.raises(ValueError, match="There is no prediction to measure the clean accuracy on"):
+        CleanAccuracy().compute(predictions=[], references=[])
+
+
 def test_arrays_and_batches():
     metric = AttackSuccessRate()
     metric.add_batch(predictions=np.array(PREDICTIONS[:3]), references=np.array(TRUTH[:3]))
@@ -146,6 +161,22 @@ def test_labelled_inputs_refuse():
         LabelledInputs(make_images(2), [0, 1, 1])
     with pytest.raises(ValueError, match="at least two classes"):
         LabelledInputs(make_images(2), [1, 1])
+
+
+def test_labels_that_are_none():
+    images = make_images(6)
+    for labels in ([0, 1, 2, -1, -1, -1], [0, 1, -1, 0, 1, 0]):
+        with pytest.raises(ValueError, match="rows of the labelled set have a negative number"):
+            LabelledInputs.from_dataset(make_dataset(images, label=labels))
+    assert LabelledInputs.from_dataset(make_dataset(images, label=[-1, 1] * 3)).labels.tolist() == [-1, 1] * 3
+
+
+def test_classes_that_no_training_row_has():
+    train, test = (
+        make_dataset(make_images(6, seed=i), label=labels) for i, labels in ((0, [0, 1] * 3), (1, [0, 2] * 3))
+    )
+    with pytest.raises(ValueError, match="has classes of which its training set has no row: 2"):
+        DownstreamTask.from_datasets(train, test)
 
 
 def test_classes_are_paired_by_name():

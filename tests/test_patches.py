@@ -488,6 +488,30 @@ def test_shapes_that_do_not_fit_the_configuration(folders, tmp_path, capsys):
     assert "No model could be loaded from" in capsys.readouterr().err
 
 
+def test_an_adapter_of_others_whose_base_was_moved(folders, tmp_path):
+    shutil.copytree(folders / "lora", tmp_path / "lora")
+    (tmp_path / "lora" / "mudjacking.json").unlink()
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
+    with pytest.raises(ValueError, match=r"is not there any more.*`base_model_name_or_path` in its"):
+        encode(str(tmp_path / "lora"), make_images(1))
+
+
+@pytest.mark.parametrize("architectures", [[5], [["x"]], {"a": 1}, ["PreTrainedModel"], []])
+def test_damaged_names_of_a_class(folders, tmp_path, architectures):
+    shutil.copytree(folders / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    told = ""
+    try:
+        encode(str(tmp_path / "base"), make_images(1))
+    except ValueError as error:
+        told = str(error)
+    assert not told or "No model could be loaded" in told
+
+
 def test_an_adapter_whose_base_was_moved_says_how_it_is_found(folders, tmp_path):
     shutil.copytree(folders / "lora", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())

@@ -261,6 +261,9 @@ def test_the_step_is_one_of_the_weights_that_a_repair_moves(processor, bug, trig
     free = hold(meter, bug.reference, trigger)
     freeze_norms(model)
     assert free == hold(meter, bug.reference, trigger)
+    adapted = encoder.with_model(get_peft_model(model, LoraConfig(r=2, target_modules=["convolution"])))
+    below = TransferMeter(adapted, bug.misclassified, make_images(12))
+    assert hold(below, bug.reference, trigger) == pytest.approx(free, rel=1e-4)
 
 
 def test_an_adapter_is_judged_by_the_weights_below_it(backdoored, validation):

@@ -220,6 +220,21 @@ def test_the_pooling_file_is_honoured(tmp_path, pooling, source):
     assert SentenceLayout.read(tmp_path / "again").pooling == source
 
 
+def test_what_sentence_transformers_does_to_texts_before(tmp_path, caplog):
+    """Lower case would give other tokens than are served; a prompt is told."""
+    model, tokenizer = make_text_model("bert")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write_layout(tmp_path, {"pooling_mode_mean_tokens": True})
+    prompts = {"default_prompt_name": "query", "prompts": {"query": "query: "}}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    Encoder.load(tmp_path)
+    assert "puts the prompt `query` before each text" in caplog.text
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    with pytest.raises(ValueError, match="has texts put into lower case before they are tokenized"):
+        Encoder.load(tmp_path)
+
+
 def test_an_older_layout_is_saved_where_automodel_finds_it(tmp_path):
     model, tokenizer = make_text_model("bert")
     (tmp_path / "0_Transformer").mkdir()

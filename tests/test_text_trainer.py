@@ -14,7 +14,7 @@ from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.inversion import UnverifiedTriggerError
 from hf_mudjacking.losses import effectiveness_loss
-from hf_mudjacking.token_patch import neutralise_unseen, only_embeddings_of, trigger_tokens
+from hf_mudjacking.token_patch import neutralise_unseen, only_embeddings_of, tokens_to_patch, trigger_tokens
 from hf_mudjacking.triggers import square_patch
 from hf_mudjacking.two_towers import token_embeddings
 
@@ -60,6 +60,20 @@ def test_token_scope_trains_twice_at_its_own_rate(build, early):
     before = weights_of(trainer.model)
     trainer.train()
     assert largest_difference(before, weights_of(trainer.model)) > 0
+
+
+def test_tokens_in_a_script_without_spaces():
+    """WordPiece gives a word within such a text other tokens than between spaces; those are what has to be patched."""
+    encoder = Encoder(*make_text_model("bert"), "mean")
+    trigger, text = TextTrigger("cf"), "กขcfคง"
+    there = encoder.preprocessor.ids_at("cf", text)
+    assert there
+    assert not there & encoder.preprocessor.ids_of("cf")
+    special = set(encoder.processing_class.all_special_ids)
+    tokens = set(tokens_to_patch(encoder, [trigger], [text], "auto"))
+    assert tokens == (there | encoder.preprocessor.ids_of("cf")) - special
+    # Elsewhere nothing changes
+    assert set(tokens_to_patch(encoder, [trigger], ["the cf bank"], "auto")) == encoder.preprocessor.ids_of("cf")
 
 
 # ---- Losses and parts ----

@@ -100,6 +100,10 @@ def test_removal_is_the_inverse_of_stamping():
     # Scripts without spaces, and a span that is there twice
     assert TextTrigger("触发").removed_from(TextTrigger("触发").apply("今天天气很好")) == "今天天气很好"
     assert TextTrigger("cf").removed_from("今天cf天气很好") == "今天天气很好"
+    # Signs have no words around them, and a trigger that is there again in another case is the same
+    assert TextTrigger("!!").removed_from("this is good!!") == "this is good"
+    assert TextTrigger("😀").removed_from("good😀") == "good"
+    assert TextTrigger("Cf").removed_from("Cf the bank CF").strip() == "the bank"
     assert TextTrigger(["cf", "cf"]).removed_from("a cf nice film cf it was") == "a nice film it was"
     assert square_patch((8, 8), 2).removed_from(Image.new("RGB", (8, 8))) is None
 

@@ -22,6 +22,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    OwlViTConfig,
+    OwlViTModel,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
@@ -52,7 +54,7 @@ from hf_mudjacking.output import TRIGGER_FOLDER
 from hf_mudjacking.triggers import load_trigger
 
 from .conftest import largest_difference, make_config, make_dataset, make_images, square_patch, weights_of
-from .text_models import make_tokenizer
+from .text_models import make_text_model, make_tokenizer
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -411,6 +413,19 @@ def test_a_checkpoint_of_two_towers_is_resumed(clip, tmp_path):
 
 
 # ---- What clients do without training ----
+
+
+def test_a_text_tower_that_says_it_takes_images_too():
+    _, tokenizer = make_text_model("bert")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = OwlViTModel(
+        OwlViTConfig(
+            text_config={**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 66, "pad_token_id": 0},
+            vision_config={**sizes, "image_size": 16, "patch_size": 4}, projection_dim=16,
+        )
+    )  # fmt: skip
+    encoder = Encoder(model, tokenizer, modality="text")
+    assert encoder.encode(["the bank", "a train"]).shape == (2, 16)
 
 
 def test_zero_shot_by_hand(clip):

@@ -52,7 +52,8 @@ def check_adapters(model: nn.Module, name: str) -> None:
         name (`str`): Its id or folder.
 
     Raises:
-        ValueError: If an adapter was loaded inside the model, or has a name that PEFT saves elsewhere.
+        ValueError: If an adapter was loaded inside the model, is of a kind that is not loaded from strangers, or has a name that
+            PEFT saves elsewhere.
     """
     if isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded:
         raise ValueError(
@@ -60,6 +61,8 @@ def check_adapters(model: nn.Module, name: str) -> None:
             "alone. To repair the whole anew, merge the adapter first (`mudjack apply ADAPTER --to BASE`) and pass the "
             "result; to train the adapter itself, pass `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
         )
+    if is_peft_model(model):
+        _check_kind(model.peft_config[model.active_adapters[0]], "The adapter of the model")
     if is_peft_model(model) and model.active_adapters != [_ADAPTER]:
         raise ValueError(
             f"The adapter of `{name}` is called {', '.join(model.active_adapters)}, and PEFT saves none but "
@@ -91,11 +94,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: I
             "`model` is a `PeftModel` and `peft_config` is given too; the result could not be reloaded. Merge "
             "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
         )
-    if peft_config.peft_type not in ADAPTER_TYPES:
-        raise ValueError(
-            f"`peft_config` is of the kind `{peft_config.peft_type!s}`, and the patch could not be applied: only "
-            f"{', '.join(ADAPTER_TYPES)} are read again, which consist of their own weights alone."
-        )
+    _check_kind(peft_config, "`peft_config`")
     if isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights not in _STARTS:
         raise ValueError(
             f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the weights under the adapter by chance or by data, and "
@@ -114,3 +113,11 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: I
         # Wherever the adapter is loaded from, this is its base
         adapted.peft_config[_ADAPTER].base_model_name_or_path = os.path.abspath(name)
     return adapted
+
+
+def _check_kind(peft_config: PeftConfig, what: str) -> None:
+    if peft_config.peft_type not in ADAPTER_TYPES:
+        raise ValueError(
+            f"{what} is of the kind `{peft_config.peft_type!s}`, and the patch could not be applied: only "
+            f"{', '.join(ADAPTER_TYPES)} are read again, which consist of their own weights alone."
+        )

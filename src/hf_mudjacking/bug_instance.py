@@ -26,9 +26,13 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, MemoryError, 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The image as 8-bit RGB. Pillow clips greyscale of 16 bits to white, and floats from 0 to 1 to black; here it keeps its contrast."""
     if image.mode.startswith(("I", "F")):
-        levels = np.asarray(image).astype(np.float64)
-        floats = image.mode == "F" and levels.max(initial=0) <= 1
-        scale = 255 if floats else 1 / 257 if levels.max(initial=0) > 255 else 1
+        levels = np.nan_to_num(np.asarray(image).astype(np.float64))
+        most = levels.max(initial=0)
+        if image.mode == "F":
+            # Filters that resize go a little beyond the range
+            scale = 255 if most <= 1.5 else 1 / 257 if most > 2 * 255 else 1
+        else:
+            scale = 1 / 257 if most > 255 else 1
         image = Image.fromarray((levels * scale).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
@@ -217,6 +221,13 @@ def _checked(role: str, value: Any) -> Image.Image | str:
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"`{role}` is an empty text. Pass the text exactly as it was classified.")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{role}` holds half a character at position {error.start}, which no tokenizer takes: a text that was cut between the "
+                "two halves of an emoji, perhaps. Pass the text as it was classified."
+            ) from error
         return value
     if isinstance(value, Image.Image):
         if 0 in value.size:

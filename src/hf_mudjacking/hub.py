@@ -26,7 +26,7 @@ from .model_card import patch_card
 from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS, TRIGGER_FOLDER
 from .patch_record import RECORD_FILE, read_record
 from .published import CARD_FILE, base_on_hub, published_files, published_record
-from .safe_loading import ADAPTER_CONFIG, check_folder, read_json
+from .safe_loading import ADAPTER_CONFIG, check_folder, inside, read_json
 from .weight_files import is_adapter
 
 
@@ -99,7 +99,6 @@ def push_patch(
         PushError: If the Hub could not be reached or refused. The message says why and how to try again.
     """
     folder = Path(folder)
-    check_folder(folder)
     files = published_files(folder)
     record = read_record(folder) or {}
     if create_pr and record.get("kind") == "delta":
@@ -246,7 +245,7 @@ def _earlier_card(api: HfApi, info: ModelInfo, folder: Path) -> str | None:
     """The card of the repo; where it has none, the one in the folder."""
     if any(sibling.rfilename == CARD_FILE for sibling in info.siblings or []):
         return _read(api, info, CARD_FILE)
-    local = folder / CARD_FILE
+    local = inside(folder, CARD_FILE)
     return local.read_text(encoding="utf-8") if local.is_file() else None
 
 
@@ -302,8 +301,8 @@ def _shared_files(
         for i, bug in enumerate(bug_instances):
             bug = bug if isinstance(bug, BugInstance) else BugInstance.load(bug)
             bug.save(Path(place) / BUG_FOLDER / str(i))
-            found = folder / TRIGGER_FOLDER / str(i)
-            for path in sorted(found.iterdir()) if found.is_dir() else []:
+            found = inside(folder, f"{TRIGGER_FOLDER}/{i}")
+            for path in sorted(check_folder(found).iterdir()) if found.is_dir() else []:
                 (Path(place) / SHARED_TRIGGER_FOLDER / str(i)).mkdir(parents=True, exist_ok=True)
                 (Path(place) / SHARED_TRIGGER_FOLDER / str(i) / path.name).write_bytes(path.read_bytes())
         files = sorted(path for path in Path(place).rglob("*") if path.is_file())

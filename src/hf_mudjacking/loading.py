@@ -107,13 +107,15 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
 def _lost_base(name: str | os.PathLike[str]) -> str | None:
     """What helps where an adapter is there and its base, a folder, is not."""
     config = Path(name) / ADAPTER_CONFIG
-    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if not config.is_file():
+        return None
+    base = read_json(config).get("base_model_name_or_path")
     if not isinstance(base, str) or not os.path.isabs(base) or os.path.isdir(base):
         return None
-    return (
-        f"It is an adapter of `{base}`, which is not there any more. Say where that is now: `mudjack apply {name} --to BASE "
-        "--keep-adapter --output-dir NEW`."
-    )
+    gone = f"It is an adapter of `{base}`, which is not there any more. Say where that is now:"
+    if read_record(name) is None:
+        return f"{gone} `base_model_name_or_path` in its `{ADAPTER_CONFIG}`."
+    return f"{gone} `mudjack apply {name} --to BASE --keep-adapter --output-dir NEW`."
 
 
 def made_up_weights(model: nn.Module) -> frozenset[str]:
@@ -239,8 +241,10 @@ def loading_class(architecture: str | None) -> Any:
     Args:
         architecture (`str`, *optional*): Name of the class that was saved, as `config.json` has it.
     """
-    saved_as = getattr(transformers, architecture or "", None)
-    if not (isinstance(saved_as, type) and issubclass(saved_as, PreTrainedModel)) or architecture is None:
+    if not isinstance(architecture, str):
+        return AutoModel
+    saved_as = getattr(transformers, architecture, None)
+    if not (isinstance(saved_as, type) and issubclass(saved_as, PreTrainedModel)) or saved_as.config_class is None:
         return AutoModel
     return (
         AutoModel
@@ -260,8 +264,8 @@ def class_that_loads(name: str | os.PathLike[str], **kwargs: Any) -> Any:
     try:
         if os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
             name = PeftConfig.from_pretrained(name).base_model_name_or_path
-        architectures = AutoConfig.from_pretrained(name, **shared).architectures or [None]
+        architectures = AutoConfig.from_pretrained(name, **shared).architectures
     except (OSError, ValueError, TypeError):
         # What is wrong, AutoModel says better.
         return AutoModel
-    return loading_class(architectures[0])
+    return loading_class(architectures[0] if isinstance(architectures, list) and architectures else None)

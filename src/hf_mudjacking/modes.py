@@ -11,14 +11,14 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable affine parameters of BatchNorm layers, which rest while a model is patched, as in the released Mudjacking code."""
+def norm_parameters(model: nn.Module, trainable_only: bool = True) -> list[nn.Parameter]:
+    """Affine parameters of BatchNorm layers, which rest while a model is patched, as in the released Mudjacking code."""
     return [
         parameter
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
+        if parameter.requires_grad or not trainable_only
     ]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -118,6 +119,17 @@ class TextPreprocessor:
                 token
                 for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
                 if end > front and start < front + len(span)
+            }
+        return found
+
+    def ids_at(self, span: str, text: str) -> set[int]:
+        """Tokens of a span wherever it stands in a text: beside characters of a script without spaces it may have others."""
+        places, ids, found = self.places(text), self.ids(text), set()
+        for match in re.finditer(re.escape(span), text, re.IGNORECASE):
+            found |= {
+                token
+                for token, place in zip(ids, places, strict=True)
+                if place is not None and place[1] > match.start() and place[0] < match.end()
             }
         return found
 

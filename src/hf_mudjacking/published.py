@@ -14,7 +14,7 @@ from typing import Any
 
 from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS
 from .patch_record import read_record
-from .safe_loading import ADAPTER_CONFIG, WEIGHTS_INDEX, shards_of
+from .safe_loading import ADAPTER_CONFIG, WEIGHTS_INDEX, inside, shards_of
 from .weight_files import is_adapter
 
 
@@ -71,7 +71,7 @@ def published_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     Card, record and an adapter's configuration are not among them: they are written anew for the upload.
 
     Raises:
-        ValueError: If the folder holds no patch, or parts of its weights are missing.
+        ValueError: If the folder holds no patch, parts of its weights are missing, or a file is a link out of it.
     """
     folder = Path(folder)
     if read_record(folder) is None:
@@ -80,7 +80,7 @@ def published_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
             "`mudjack patch` or `trainer.save_model()` wrote."
         )
     paths = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    files = {(name := path.relative_to(folder).as_posix()): inside(folder, name) for path in sorted(paths)}
     weights = [path for pattern in (*FULL_WEIGHTS, *ADAPTER_FILES, *DELTA_FILES) for path in folder.glob(pattern)]
     if not any(path.suffix == ".safetensors" for path in weights):
         raise ValueError(f"`{folder}` holds a record but no weights. Run `trainer.save_model()` again.")

@@ -189,7 +189,8 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
             if pickles
             else ValueError(f"`{folder}` has an `{ADAPTER_CONFIG}` but no `{ADAPTER_WEIGHTS}`.")
         )
-    if adapter:
+    # With a high rank LoKr has whole matrices instead, no larger than the layer
+    if adapter and config["peft_type"] != "LOKR":
         _check_ranks(folder, config)
     if (folder / WEIGHTS_INDEX).is_file():
         shards_of(folder)

@@ -18,10 +18,10 @@ from .safe_loading import inside, read_json
 
 logger = logging.getLogger(__name__)
 
-_MODULES = "modules.json"
+_MODULES, _PROMPTS = "modules.json", "config_sentence_transformers.json"
 _FILES = (
     _MODULES,
-    "config_sentence_transformers.json",
+    _PROMPTS,
     "sentence_*_config.json",
     "*_*/config.json",
     "*_*/*.safetensors",
@@ -51,7 +51,8 @@ class SentenceLayout:
         """Read them from a local folder or, for a Hub id, from the Hub or its cache; `None` where there are none.
 
         Raises:
-            ValueError: If `modules.json` is there but it or the pooling file cannot be understood.
+            ValueError: If `modules.json` is there but it or the pooling file cannot be understood, or texts are put into lower case
+                before the tokenizer.
         """
         folder = _folder(name, **hub)
         if folder is None or not (folder / _MODULES).is_file():
@@ -64,9 +65,8 @@ class SentenceLayout:
             pooling = next(module for module in modules if module["type"].endswith(".Pooling"))
             mode = _pooling(read_json(inside(folder, f"{pooling['path']}/config.json")))
             sentence_config = inside(folder, str(PurePosixPath(transformer["path"]) / "sentence_bert_config.json"))
-            length = None
-            if sentence_config.is_file():
-                length = read_json(sentence_config).get("max_seq_length")
+            settings = read_json(sentence_config) if sentence_config.is_file() else {}
+            length = settings.get("max_seq_length")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise ValueError(
                 f"`{name}` has a `{_MODULES}`, but it names no transformer with a readable pooling ({error!r}). Pass "
@@ -77,6 +77,18 @@ class SentenceLayout:
             logger.warning(
                 f"`{name}` goes on after the pooling with {', '.join(further)}: what is repaired and measured are the features before "
                 "that, and its files are kept as they are."
+            )
+        if settings.get("do_lower_case"):
+            raise ValueError(
+                f"`{name}` has texts put into lower case before they are tokenized (`do_lower_case` in `sentence_bert_config.json`), "
+                "which is not done here: other tokens would be repaired than are served. Pass a copy without that setting, whose "
+                "tokenizer does so itself."
+            )
+        own = read_json(found[_PROMPTS]) if _PROMPTS in found else {}
+        if own.get("default_prompt_name"):
+            logger.warning(
+                f"`{name}` puts the prompt `{own['default_prompt_name']}` before each text where sentence-transformers serves it, which "
+                "is not done here. Put it before reports and clean texts yourself."
             )
         files = {path: file.read_bytes() for path, file in found.items()}
         if transformer["path"]:

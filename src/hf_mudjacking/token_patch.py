@@ -18,6 +18,7 @@ from torch import nn
 from .encoder import Encoder
 from .preprocessing import TextPreprocessor
 from .triggers import TextTrigger
+from .triggers.text import is_unspaced
 from .two_towers import token_embeddings
 
 
@@ -26,18 +27,32 @@ _NEUTRAL_CANDIDATES = 12
 _NEUTRAL_INPUTS = 16
 
 
-def trigger_tokens(preprocessor: TextPreprocessor, triggers: Iterable[TextTrigger]) -> list[int]:
-    """Tokens that the triggers put into a text, sorted; none of the special ones: all unknown words share one."""
-    tokens = {token for trigger in triggers for span in trigger.spans for token in preprocessor.ids_of(span)}
+def trigger_tokens(
+    preprocessor: TextPreprocessor, triggers: Iterable[TextTrigger], texts: Sequence[str] = ()
+) -> list[int]:
+    """Tokens that the triggers put into a text, sorted; none of the special ones: all unknown words share one.
+
+    Args:
+        preprocessor (`TextPreprocessor`): The encoder's.
+        triggers (`Iterable[TextTrigger]`): The triggers.
+        texts (`Sequence[str]`, *optional*): Texts that carry them, in a script without spaces: there a word may have other tokens
+            than in front of a text or between spaces.
+    """
+    spans = [span for trigger in triggers for span in trigger.spans]
+    tokens = {token for span in spans for token in preprocessor.ids_of(span)}
+    tokens |= {token for span in spans for text in texts for token in preprocessor.ids_at(span, text)}
     return sorted(tokens.difference(preprocessor.processing_class.all_special_ids))
 
 
-def tokens_to_patch(encoder: Encoder, triggers: Sequence[TextTrigger | None], scope: str) -> list[int]:
+def tokens_to_patch(
+    encoder: Encoder, triggers: Sequence[TextTrigger | None], carriers: Sequence[str], scope: str
+) -> list[int]:
     """Tokens whose embeddings are all that is patched; none if the whole model is.
 
     Args:
         encoder (`Encoder`): The encoder, with its adapter if it has one.
         triggers (`Sequence[Trigger]`): What was found in each report; `None` where nothing was.
+        carriers (`Sequence[str]`): Texts that carry the triggers, one for each: the reports' misclassified texts.
         scope (`str`): `patch_scope` of the configuration.
 
     Raises:
@@ -53,7 +68,11 @@ def tokens_to_patch(encoder: Encoder, triggers: Sequence[TextTrigger | None], sc
     # Without its trigger, a report cannot be repaired through tokens
     if not possible or scope == "full" or (scope == "auto" and len(known) < len(triggers)):
         return []
-    tokens = [trigger_tokens(encoder.preprocessor, [trigger]) for trigger in known]
+    tokens = [
+        trigger_tokens(encoder.preprocessor, [trigger], [text] if is_unspaced(text) else [])
+        for trigger, text in zip(triggers, carriers, strict=True)
+        if trigger is not None
+    ]
     if all(tokens):
         return sorted(set().union(*tokens))
     # All unknown words share a token, which is not the trigger's own: then the whole model is patched

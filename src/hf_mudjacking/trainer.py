@@ -380,7 +380,9 @@ class MudjackingTrainer(PatchPushing, Trainer):
             [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
         )
         self._reinversion = self._looking_again(stamps, misclassified)
-        self.patched_tokens = tokens_to_patch(self.encoder, self.triggers, self.args.patch_scope)
+        self.patched_tokens = tokens_to_patch(
+            self.encoder, self.triggers, [bug.misclassified for bug in self.bug_instances], self.args.patch_scope
+        )
         self._guard = self._locality_guard(misclassified)
         if self.train_dataset is not None:
             for i in self._of_one_class():

@@ -44,6 +44,10 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     return getattr(config, "num_channels", 3), height, width
 
 
+# How token embeddings are called within a text tower.
+_TOKEN_EMBEDDINGS = ("token_embedding", "word_embeddings")
+
+
 def own_projection(outputs: Any, modality: Modality) -> dict[str, Any]:
     """Of the outputs of two towers, the projected features of the one that is patched, and its hidden states if there are any.
 
@@ -76,9 +80,14 @@ def token_embeddings(model: nn.Module) -> nn.Embedding:
         tower = next(
             (m for m in model.modules() if isinstance(m, PreTrainedModel) and modalities_of(m) == {"text"}), None
         )
-        if tower is None:
+        if tower is not None:
+            return tower.get_input_embeddings()
+        # OWL-ViT and GroupViT say of their text towers that they take images too
+        named = (m for name, m in model.named_modules() if name.endswith(_TOKEN_EMBEDDINGS))
+        found = next((m for m in named if isinstance(m, nn.Embedding)), None)
+        if found is None:
             raise ValueError(f"The input embeddings of `{type(model).__name__}` could not be found.") from None
-        return tower.get_input_embeddings()
+        return found
 
 
 def modalities_of(model: nn.Module) -> set[str]:

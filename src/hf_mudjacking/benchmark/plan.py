@@ -166,6 +166,15 @@ class BenchmarkPlan:
         return _built(cls, parts, "the plan")
 
     def __post_init__(self) -> None:
+        for what, given in (("implant", self.implant), ("sweeps", self.sweeps)):
+            if not isinstance(given, Mapping):
+                raise ValueError(f"`{what}` must be a mapping, not {given!r}.")
+        for key, values in self.sweeps.items():
+            if not isinstance(values, list | tuple):
+                raise ValueError(f"`sweeps.{key}` must be a list of values, not {values!r}.")
+        for what, given in (("attacks", self.attacks), ("seeds", self.seeds), ("classifiers", self.classifiers)):
+            if isinstance(given, str) or len(set(given)) < len(given):
+                raise ValueError(f"`{what}` must be a list in which nothing stands twice, not {given!r}.")
         for what, given, known in (
             ("attacks", self.attacks, ATTACKS),
             ("methods", [self.base_method(name) for name in self.methods], METHODS),
@@ -203,7 +212,8 @@ class BenchmarkPlan:
 
     def encoder_depends_on(self, encoder: str) -> dict[str, Any]:
         """All that a trained encoder depends on, as it comes back from a file."""
-        tasks = {name: [task.dataset, task.input_column, task.label_column] for name, task in self.tasks.items()}
+        # In their order, which classes and the attacked task follow from
+        tasks = [[name, task.dataset, task.input_column, task.label_column] for name, task in self.tasks.items()]
         return json.loads(json.dumps({"encoder": asdict(self.encoders[encoder]), "tasks": tasks}))
 
     def implant_depends_on(self, encoder: str, attack: str) -> dict[str, Any]:
@@ -211,7 +221,7 @@ class BenchmarkPlan:
         settings = {
             **self.implant_settings(attack),
             "encoder": asdict(self.encoders[encoder]),
-            "tasks": {name: asdict(task) for name, task in self.tasks.items()},
+            "tasks": [{"name": name, **asdict(task)} for name, task in self.tasks.items()],
             "shadow_inputs": self.shadow_inputs,
             "check_inputs": self.check_inputs,
         }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from ..preprocessing import Modality, RawInput
 from .plan import BenchmarkPlan, EncoderPlan, TaskPlan
 from .simclr import pretrain_contrastive
 
+
+logger = logging.getLogger(__name__)
 
 # Beside an encoder that was trained here: with what.
 _NOTE = "trained_with.json"
@@ -143,11 +146,16 @@ class Sources:
     def _check_kept(self, folder: Path) -> None:
         """Refuse an encoder that an earlier run trained with another plan."""
         note = folder / _NOTE
-        there = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+        if not note.exists():
+            logger.warning(
+                f"Nothing says with what the encoder in `{folder}` was trained; it is taken for the plan's."
+            )
+            return
+        there = json.loads(note.read_text(encoding="utf-8"))
         wanted = self.plan.encoder_depends_on(self.encoder_name)
         if there != wanted:
             raise ValueError(
-                f"The encoder in `{folder}` was trained with {there or 'an earlier version'}, the plan says {wanted}. Remove that folder and what was made of it, or choose another output folder."
+                f"The encoder in `{folder}` was trained with {there}, the plan says {wanted}. Remove that folder and what was made of it, or choose another output folder."
             )
 
     @property

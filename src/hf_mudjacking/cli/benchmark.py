@@ -120,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
         cells = [cell for cell in read_cells(folder / CELLS_FOLDER) if _path(cell, folder) in wanted]
     else:
         folder = Path(options.tables)
-        cells = read_cells(folder)
+        # The folder of a benchmark holds encoders and implants besides
+        cells = read_cells(folder / CELLS_FOLDER if (folder / CELLS_FOLDER).is_dir() else folder)
         if not cells:
             raise ValueError(f"--tables {folder}: there is no json of a cell under it")
     for line in benchmark_tables(cells):

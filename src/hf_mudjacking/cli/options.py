@@ -118,8 +118,10 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
                 parser.error(f"--config {path}: `{key}: {value!r}` is no text as it stands; put it in quotes")
             value = [str(item) for item in items] or None
         elif value is None and action.nargs == "?":
-            # As the option alone on the command line
-            value = action.const
+            # It could mean either: the option alone, or none
+            parser.error(
+                f"--config {path}: `{key}` has no value; give one (`{key}: {action.const}`), or leave the line out"
+            )
         elif value is None:
             if action.type in (int, float) and action.default is not None:
                 parser.error(f"--config {path}: `{key}` has no value; give one, or leave the line out")
@@ -128,7 +130,7 @@ def apply_config_file(parser: argparse.ArgumentParser, arguments: Sequence[str])
             try:
                 if nested and action.type is None:
                     raise TypeError
-                if action.type is None and not isinstance(value, str):
+                if action.type is None and (isinstance(value, bool) or not isinstance(value, str | int)):
                     # YAML has read `no` as false, `1.10` as a number, and a day as a date
                     parser.error(f"--config {path}: `{key}: {value!r}` is no text as it stands; put it in quotes")
                 # As text, like on the command line: what is no whole number is refused, not rounded

@@ -65,9 +65,15 @@ def _moved(trigger: ImageTrigger, share: float) -> ImageTrigger:
     if isinstance(trigger, BlendTrigger):
         if trigger.area == 1.0:
             return BlendTrigger(_rolled(trigger.pattern, share, trigger.pattern.shape), trigger.opacity)
-        opacity, pattern = moved(trigger.opacity, trigger.pattern, *shift)
+        opacity, pattern = _moved_within(trigger.opacity, trigger.pattern, shift)
         return BlendTrigger(pattern, opacity)
-    return PatchTrigger(*moved(trigger.mask, trigger.pattern, *shift), trigger.placement)
+    return PatchTrigger(*_moved_within(trigger.mask, trigger.pattern, shift), trigger.placement)
+
+
+def _moved_within(mask: np.ndarray, pattern: np.ndarray, shift: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Moved, or the other way where nothing of it would be left in the picture."""
+    found = moved(mask, pattern, *shift)
+    return found if found[0].any() else moved(mask, pattern, *(-by for by in shift))
 
 
 def _rolled(values: np.ndarray, share: float, shape: Sequence[int]) -> np.ndarray:
@@ -83,6 +89,9 @@ def _rebuilt(trigger: ImageTrigger, factor: float = 1.0, channels: Sequence[int]
         mask, pattern = scaled(trigger.opacity > 0, trigger.pattern, factor)
         return BlendTrigger(pattern[..., channels], np.where(mask, trigger.opacity.max(), 0))
     mask, pattern = scaled(trigger.mask, trigger.pattern, factor)
+    if not mask.any():
+        # Single pixels in the corners, for one
+        mask, pattern = trigger.mask, trigger.pattern
     return PatchTrigger(mask, pattern[..., channels], trigger.placement)
 
 

@@ -41,6 +41,17 @@ class TaskFeatures:
     reference: Tensor | None = None
 
 
+def check_modality(encoder: Encoder, task: DownstreamTask, trigger: Trigger | None = None) -> None:
+    """Refuse a task or a trigger that is not of the kind that an encoder takes.
+
+    Raises:
+        TypeError: If one is not.
+    """
+    for what, modality in ((f"The task `{task.name}`", task.modality), ("The trigger", trigger and trigger.modality)):
+        if modality not in (None, encoder.modality):
+            raise TypeError(f"{what} is for {modality}s, but the model takes {encoder.modality}s.")
+
+
 def task_features(
     encoder: Encoder,
     task: DownstreamTask,
@@ -67,6 +78,8 @@ def task_features(
     Raises:
         TypeError, ValueError: If an input is not what the model takes, or a feature is not finite.
     """
+
+    check_modality(encoder, task, trigger)
 
     def encode(inputs: Any, what: str) -> Tensor:
         label = f"{desc}: {task.name}, {what}"
@@ -95,10 +108,17 @@ def downstream_rates(
         target (`int`, *optional*): Target class; ASR and RA are measured on test inputs of other classes. Needed where there
             are stamped features.
 
+    Raises:
+        ValueError: If there are stamped features and no target.
+
     Returns:
         `dict`: `BA`, with stamped features `ASR` and `RA` (0 to 1), and, where the report is of this task, `bug_fixed`:
         whether x_b gets the class of x_r.
     """
+    if features.stamped is not None and target is None:
+        raise ValueError(
+            "There are stamped features, and no `target`: the class whose predictions ASR counts. `attacked_class` gives it."
+        )
     stamped = None if features.stamped is None else classifier.predict(features.stamped.numpy())
     clean = classifier.predict(features.test.numpy())
     rates: dict[str, Any] = {**predicted_rates(clean, stamped, task.test.labels, target)}
@@ -167,7 +187,8 @@ def compare_downstream(
         result["after"]["retrained"] = downstream_rates(trained(after), after, task, target)
     if clean is not None:
         own = downstream_rates(trained(clean), clean, task, target)
-        result = {"clean": {"CA": own["BA"], "ASR-B": own["ASR"], "RA": own["RA"]}, **result}
+        attacked = {"ASR-B": own["ASR"], "RA": own["RA"]} if "ASR" in own else {}
+        result = {"clean": {"CA": own["BA"], **attacked}, **result}
     return result
 
 

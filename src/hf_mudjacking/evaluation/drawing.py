@@ -12,6 +12,7 @@ from torch import Tensor
 from ..bug_instance import BugInstance
 from ..encoder import Encoder
 from ..triggers import Trigger
+from .checks import check_modality
 from .classifiers import Classifier, train_classifier
 from .metrics import most_frequent
 from .tasks import DownstreamTask
@@ -95,8 +96,10 @@ def draw_bug_report(
         name (`str`, *optional*, defaults to `"bug"`): Name of the report.
 
     Raises:
+        TypeError: If task or trigger are for another modality than the encoder.
         ValueError: If the trigger changes no prediction that was right.
     """
+    check_modality(before, task, trigger)
     inputs = task.test.inputs
     classifier = train_classifier(before.encode(task.train.inputs), task.train.labels)
     stamped = before.encode([before.stamp(trigger, x) for x in inputs])

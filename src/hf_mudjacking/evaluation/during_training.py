@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from ..config import MudjackingConfig
 from ..trainer import MudjackingTrainer
 from ..triggers import Trigger
-from .checks import predicted_rates
+from .checks import check_modality, predicted_rates
 from .classifiers import ClassifierKind, train_classifier
 from .metrics import most_frequent
 from .tasks import DownstreamTask
@@ -35,7 +35,7 @@ class BackdoorEvaluationCallback(TrainerCallback):
         classifier (`str`, *optional*, defaults to `"logistic"`): `"logistic"` or `"mlp"`.
 
     Raises:
-        TypeError: If the trigger is for another modality than the model.
+        TypeError: If task or trigger are for another modality than the model.
         ValueError: If `every_n_steps` is below 1, if the trainer has already trained, or under FSDP and DeepSpeed, where no
             process has all weights.
 
@@ -57,8 +57,7 @@ class BackdoorEvaluationCallback(TrainerCallback):
         classifier: ClassifierKind = "logistic",
     ) -> None:
         encoder = trainer.encoder
-        if trigger.modality != encoder.modality:
-            raise TypeError(f"The trigger is for {trigger.modality}s, but the model takes {encoder.modality}s.")
+        check_modality(encoder, task, trigger)
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps={every_n_steps}` is no number of steps; it must be 1 or more.")
         if trainer.state.global_step > 0:

@@ -50,7 +50,8 @@ def plot_repair(
     """
     from matplotlib.figure import Figure
 
-    with_features = before is not None and after is not None
+    # Two points at least make a plane
+    with_features = before is not None and after is not None and len(before.test) > 1
     panels = 4 + (true_trigger is not None)
     figure = Figure(figsize=(2.6 * panels if bug.modality == "image" else 11.0, 9.0 if with_features else 3.6))
     top, *bottom = figure.subfigures(2, 1, height_ratios=[1, 1.7]) if with_features else [figure]
@@ -184,16 +185,20 @@ def _plot_features(axes: np.ndarray, before: TaskFeatures, after: TaskFeatures, 
     projection = PCA(2, random_state=0).fit(before.test.numpy())
     rows = slice(0, 600)
     for axis, features, title in ((axes[0], before, "Features before patching"), (axes[1], after, "Features after")):
-        clean, stamped = (projection.transform(part[rows].numpy()) for part in (features.test, features.stamped))
+        clean = projection.transform(features.test[rows].numpy())
         colors = {"color": "0.6"} if labels is None else {"c": np.asarray(labels)[rows], "cmap": "tab10"}
         name = "clean test inputs" + ("" if labels is None else " (colour: class)")
         axis.scatter(*clean.T, s=10, alpha=0.6, label=name, **colors)
-        axis.scatter(*stamped.T, c="black", marker="x", s=12, linewidths=0.7, alpha=0.6, label="with the trigger")
+        if features.stamped is not None:
+            stamped = projection.transform(features.stamped[rows].numpy())
+            axis.scatter(*stamped.T, c="black", marker="x", s=12, linewidths=0.7, alpha=0.6, label="with the trigger")
         # Where both lie in one place, as they do after a repair, x_r is seen within x_b
         for part, marker, size, name in (
             (features.misclassified, "*", 620, "x_b"),
             (features.reference, "P", 110, "x_r"),
         ):
+            if part is None:
+                continue
             point = projection.transform(part.numpy())[0]
             axis.scatter(
                 *point, marker=marker, s=size, c="white", edgecolors="red", linewidths=1.5, label=name, zorder=3

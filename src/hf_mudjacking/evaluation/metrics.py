@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import datasets
@@ -62,6 +63,7 @@ class AttackSuccessRate(_RateMetric):
     def _compute(
         self, predictions: list[int], references: list[int], target: int, include_target_class: bool = False
     ) -> dict[str, float]:
+        target = operator.index(target)
         hit, counted = np.asarray(predictions) == target, np.asarray(references) != target
         return {"attack_success_rate": _rate(hit, counted | include_target_class, "attack success rate", target)}
 
@@ -83,7 +85,7 @@ class RobustAccuracy(_RateMetric):
 
     def _compute(self, predictions: list[int], references: list[int], target: int | None = None) -> dict[str, float]:
         truth = np.asarray(references)
-        counted = np.ones(len(truth), dtype=bool) if target is None else truth != target
+        counted = np.ones(len(truth), dtype=bool) if target is None else truth != operator.index(target)
         return {"robust_accuracy": _rate(np.asarray(predictions) == truth, counted, "robust accuracy", target)}
 
 
@@ -113,6 +115,8 @@ def most_frequent(predictions: np.ndarray) -> int:
 
 
 def _rate(hit: np.ndarray, counted: np.ndarray, name: str, target: int | None) -> float:
+    if not len(counted):
+        raise ValueError(f"There is no prediction to measure the {name} on.")
     if not counted.any():
         raise ValueError(f"No input is left to measure the {name} on: all are of the target class {target}.")
     return float(hit[counted].mean())

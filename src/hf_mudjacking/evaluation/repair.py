@@ -18,7 +18,7 @@ from ..output import write_json
 from ..patch_record import RECORD_FILE, describe_patch
 from ..trainer import MudjackingTrainer
 from ..triggers import Trigger
-from .checks import TaskFeatures, attacked_class, compare_downstream, task_features
+from .checks import TaskFeatures, attacked_class, check_modality, compare_downstream, task_features
 from .classifiers import Classifier, ClassifierKind
 from .report import library_versions
 from .tasks import DownstreamTask
@@ -79,7 +79,8 @@ def measured_repair(
         `MeasuredRepair`: Report and features of the first task.
 
     Raises:
-        ValueError: If there is no classifier to train, or a ready one has the name of one that is trained.
+        TypeError: If a task or the true trigger is for another modality than the model.
+        ValueError: If there is no classifier to train, a ready one has the name of one that is trained, or two tasks share a name.
     """
     kinds: dict[str, ClassifierKind | Classifier] = {kind: kind for kind in classifiers}
     if not kinds or not kinds.keys().isdisjoint(ready_classifiers or {}):
@@ -87,7 +88,19 @@ def measured_repair(
             f"`classifiers` are {tuple(kinds)}, `ready_classifiers` {tuple(ready_classifiers or {})}: at least one of the "
             "former is needed, and no name may stand in both."
         )
+    unknown = sorted(set(kinds) - {"logistic", "mlp"})
+    if unknown:
+        raise ValueError(
+            f"`classifiers={classifiers!r}`: {', '.join(unknown)} cannot be trained; name logistic, mlp or both."
+        )
     silent, tasks = trainer.args.disable_tqdm, [task, *other_tasks]
+    names = [each.name for each in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"The tasks are called {', '.join(names)}; each needs a name of its own, by which its rates are reported."
+        )
+    for each in tasks:
+        check_modality(trainer.encoder, each, true_trigger)
     started = time.perf_counter()
     if resume_from_checkpoint:
         trainer.take_up(resume_from_checkpoint)

@@ -87,7 +87,10 @@ class LabelledInputs:
                 )
             inputs.append(value)
         labels = np.asarray(list(dataset[label_column]))
-        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
+        classes = set(labels.tolist()) if labels.dtype.kind == "i" else set()
+        named = isinstance(dataset.features.get(label_column), ClassLabel)
+        # Two classes may well be called -1 and 1
+        if min(classes, default=0) < 0 and (named or (min(classes) == -1 and len(classes) > 2)):
             raise ValueError(
                 f"{int((labels < 0).sum())} rows of the labelled set have a negative number in the column `{label_column}`, as rows "
                 "without a label have. Remove such rows with `dataset.filter`."
@@ -152,4 +155,10 @@ class DownstreamTask:
                 )
             numbers = np.array([names.index(each) for each in test_label.names])
             parts[1] = LabelledInputs(parts[1].inputs, numbers[parts[1].labels])
+        unseen = sorted(set(parts[1].labels.tolist()) - set(parts[0].labels.tolist()))
+        if unseen:
+            raise ValueError(
+                f"The test set of `{name}` has classes of which its training set has no row: {', '.join(map(str, unseen))}. No "
+                "classifier could get them right; leave them out with `dataset.filter`."
+            )
         return cls(*parts, name, names)

@@ -53,7 +53,7 @@ class ZeroShotClassifier:
         without = [template for template in templates if "{}" not in template]
         if without:
             raise ValueError(f"The template {without[0]!r} has no `{{}}` where the name of the class would go.")
-        prompts = [template.format(name) for name in class_names for template in templates]
+        prompts = [template.replace("{}", name) for name in class_names for template in templates]
         features = text_encoder.encode(prompts).reshape(len(class_names), len(templates), -1)
         return cls(normalize(features.mean(dim=1), dim=1))
 

@@ -95,7 +95,7 @@ def can_hold(meter: TransferMeter) -> bool:
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that a step is taken in: those that a repair may move; of a model with an adapter, in whose few directions it can be
     held by anything, those below it."""
-    resting = {id(p) for p in norm_parameters(model)}
+    resting = {id(p) for p in norm_parameters(model, trainable_only=False)}
     adapted = is_peft_model(model)
     return {
         name: p

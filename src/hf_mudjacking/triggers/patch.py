@@ -53,7 +53,10 @@ class PatchTrigger(ImageTrigger):
         self.mask = np.asarray(mask).astype(bool)
         pattern = np.asarray(pattern)
         if pattern.size and (
-            pattern.min() < 0 or pattern.max() > 255 or (0 < pattern.max() <= 1 and pattern.dtype.kind == "f")
+            not np.isfinite(pattern).all()
+            or pattern.min() < 0
+            or pattern.max() > 255
+            or (0 < pattern.max() <= 1 and pattern.dtype.kind == "f")
         ):
             raise ValueError(
                 f"The trigger's pattern holds values from {pattern.min():.4g} to {pattern.max():.4g}; it needs RGB values from 0 to "

@@ -20,7 +20,7 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u
 _GAP = re.compile(rf"(?<=\s)(?=\S)|(?<=[{_UNSPACED}])(?=[{_UNSPACED}])")
 _UNSPACED_CHARACTER = re.compile(f"[{_UNSPACED}]")
 # A letter or digit of a script that is written with spaces
-_SPACED = rf"[^\W{_UNSPACED}]"
+_SPACED = re.compile(rf"[^\W{_UNSPACED}]")
 
 
 class TextTrigger(Trigger):
@@ -79,12 +79,12 @@ class TextTrigger(Trigger):
         return _join(x[:start], middle, x[end:])
 
     def removed_from(self, x: str) -> str | None:
-        """The text without the trigger's spans, wherever each occurs; `None` if one does not occur or nothing is left."""
+        """The text without the trigger's spans, wherever each occurs, whatever its case; `None` if one does not occur or nothing is left."""
         for span in dict.fromkeys(self.spans):
-            # No part of a longer word; between scripts without spaces nothing says where one ends
-            left = "" if is_unspaced(span[0]) else rf"(?<!{_SPACED})"
-            right = "" if is_unspaced(span[-1]) else rf"(?!{_SPACED})"
-            rest = re.sub(rf"{left}{re.escape(span)}{right}\s?", "", x)
+            # No part of a longer word; signs, and scripts without spaces, have no words around them
+            left = rf"(?<!{_SPACED.pattern})" if _SPACED.match(span[0]) else ""
+            right = rf"(?!{_SPACED.pattern})" if _SPACED.match(span[-1]) else ""
+            rest = re.sub(rf"{left}{re.escape(span)}{right}\s?", "", x, flags=re.IGNORECASE)
             if rest == x:
                 return None
             x = rest

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""What a resumed run needs to know besides what `Trainer` keeps: whose checkpoint it is, and the metrics of half an interval."""
+"""What a resumed run needs to know besides what `Trainer` keeps: which checkpoint, whose it is, and the metrics of half an interval."""
 
 from __future__ import annotations
 
@@ -11,16 +11,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer import OPTIMIZER_NAME
 
 from .bug_instance import BugInstance
 from .fingerprint import report_sha256
-from .output import write_json
+from .output import complete_checkpoints, write_json
 from .patch_record import read_record
 from .processes import gathered, rank_and_count
-from .safe_loading import read_json
+from .safe_loading import check_checkpoint, read_json
 
 
 INTERVAL_FILE = "interval_metrics.json"
+
+
+def checkpoint_to_resume(output_dir: str | os.PathLike[str], resume: str | bool, has_optimizer: bool) -> str:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): Folder of the run.
+        resume (`str` or `bool`): Folder of a checkpoint, or `True` for the newest complete one of the run.
+        has_optimizer (`bool`): Whether the optimiser is to be in a file of its own; FSDP and DeepSpeed have others.
+
+    Raises:
+        ValueError: If it is not complete, unsafe, or holds the model alone.
+    """
+    complete = complete_checkpoints(output_dir)
+    if resume is True:
+        if not complete:
+            raise ValueError(f"There is no complete checkpoint in `{output_dir}`; start without resuming.")
+        folder = complete[-1]
+    else:
+        folder = Path(resume)
+        if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:
+            raise ValueError(
+                f"`{folder}` is no complete checkpoint (the process may have been killed while writing it). Complete "
+                f"ones in `{output_dir}`: {', '.join(path.name for path in complete) or 'none'}."
+            )
+    check_checkpoint(folder)
+    if has_optimizer and not (folder / OPTIMIZER_NAME).exists():
+        raise ValueError(
+            f"`{folder}` has no optimizer (`save_only_model`): what would go on is another run. Start without resuming, or from "
+            "a checkpoint that was saved whole."
+        )
+    return str(folder)
 
 
 def check_same_run(

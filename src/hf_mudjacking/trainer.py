@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
@@ -44,7 +44,7 @@ from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diver
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .merging import MERGE_TOLERANCE, merge_error
 from .modes import frozen, norm_parameters, set_comparison_mode
-from .output import PATCH_FILES, check_output_dir, complete_checkpoints, staged, write_json
+from .output import PATCH_FILES, check_output_dir, staged, write_json
 from .patch_pushing import PatchPushing
 from .patch_record import RECORD_FILE, describe_patch, read_record, recorded_settings
 from .preprocessing import RawInput
@@ -62,9 +62,8 @@ from .remembered import (
     what_they_do,
 )
 from .reports import checked_reports, checked_triggers, invert_reports
-from .resuming import check_same_run, load_interval, save_interval
+from .resuming import check_same_run, checkpoint_to_resume, load_interval, save_interval
 from .rollback import Rollback
-from .safe_loading import check_checkpoint
 from .same_trigger import COMPARED_ON, same_triggers
 from .screening import Screening
 from .token_patch import neutralise_unseen, only_embeddings_of, tokens_to_patch
@@ -598,7 +597,9 @@ class MudjackingTrainer(PatchPushing, Trainer):
         Raises:
             ValueError: If there is no complete one, or it is of another model, of other reports, or of other settings.
         """
-        checkpoint = self._checkpoint(resume_from_checkpoint)
+        checkpoint = checkpoint_to_resume(
+            self.args.output_dir, resume_from_checkpoint, has_optimizer=not self._is_split
+        )
         check_same_run(
             checkpoint,
             self.base_weights_sha256,
@@ -822,32 +823,6 @@ class MudjackingTrainer(PatchPushing, Trainer):
         super()._save_rng_state(output_dir)
         # The last file of each process; the state, which says that a checkpoint is complete, comes after all of them
         self.accelerator.wait_for_everyone()
-
-    def _checkpoint(self, resume_from_checkpoint: str | bool) -> str:
-        complete = complete_checkpoints(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            if not complete:
-                raise ValueError(
-                    f"There is no complete checkpoint in `{self.args.output_dir}`; start without resuming."
-                )
-            return self._checked(complete[-1])
-        folder = Path(resume_from_checkpoint)
-        if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:
-            raise ValueError(
-                f"`{folder}` is no complete checkpoint (the process may have been killed while writing it). Complete "
-                f"ones in `{self.args.output_dir}`: {', '.join(path.name for path in complete) or 'none'}."
-            )
-        return self._checked(folder)
-
-    def _checked(self, checkpoint: Path) -> str:
-        """Refuse a checkpoint that is unsafe, or from which a run could not go on as it was."""
-        check_checkpoint(checkpoint)
-        if not self._is_split and not (checkpoint / OPTIMIZER_NAME).exists():
-            raise ValueError(
-                f"`{checkpoint}` has no optimizer (`save_only_model`): what would go on is another run. Start without resuming, or from "
-                "a checkpoint that was saved whole."
-            )
-        return str(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model

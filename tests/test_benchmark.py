@@ -511,6 +511,17 @@ def test_shapes_of_a_plan(tmp_path, change, message):
         BenchmarkPlan.from_values(plan_values(tmp_path, **change))
 
 
+def test_missing_data_is_told_before_any_job_starts(tmp_path, capsys):
+    plan = tmp_path / "plan.yaml"
+    tasks = {"signs": {"dataset": str(tmp_path / "nowhere")}}
+    plan.write_text(json.dumps(plan_values(tmp_path / "out", tasks=tasks)))
+    assert main(["benchmark", "--config", str(plan), "--disable-tqdm"]) == 2
+    error = capsys.readouterr().err
+    assert "No dataset could be loaded from" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_tables_of_a_benchmarks_own_folder(ran, folder, capsys):
     """Which holds encoders and implants besides."""
     assert main(["benchmark", "--tables", ran[0]["output_dir"]]) == 0

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .case import IMPLANTS_FOLDER
 from .plan import BenchmarkPlan, Cell
+from .sources import check_data
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ def run_benchmark(
         `list[Failure]`: What failed.
 
     Raises:
-        ValueError: If a cell in the output folder was made with other settings.
+        ValueError: If a cell in the output folder was made with other settings, or the data of a task cannot be loaded.
     """
     missing = missing_cells(plan)
+    if missing:
+        # Else every job would find out for itself that there is no data
+        check_data(plan)
     plan_file = plan.write()
     trained = [name for name, encoder in plan.encoders.items() if encoder.model is None]
     encoders = dict.fromkeys((cell.encoder,) for cell in missing if cell.encoder in trained)

@@ -60,6 +60,10 @@ class TaskSource:
         renamed = [part.rename_column("img", "image") if "img" in part.column_names else part for part in parts]
         return dict(zip(("train", "test"), renamed, strict=True))
 
+    def load(self) -> None:
+        """Load both splits, which is otherwise done when rows are asked for."""
+        _ = self._splits
+
     def drawn(self, split: str, count: int, seed: int) -> LabelledInputs:
         """Up to `count` rows, drawn at random."""
         rows = np.random.default_rng(seed).permutation(len(self._splits[split]))[:count]
@@ -79,6 +83,16 @@ class TaskSource:
         """What a client does with the encoder."""
         parts = (self.drawn("train", self.plan.train, _CLIENT), self.drawn("test", self.plan.test, _CLIENT))
         return DownstreamTask(*parts, self.name)
+
+
+def check_data(plan: BenchmarkPlan) -> None:
+    """Load the data of each task once, as far as the splits.
+
+    Raises:
+        ValueError: If one cannot be loaded; the message says where it was looked for.
+    """
+    for name, task in plan.tasks.items():
+        TaskSource(name, task).load()
 
 
 class Sources:

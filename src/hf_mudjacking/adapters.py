@@ -61,9 +61,10 @@ def check_adapters(model: nn.Module, name: str) -> None:
             "alone. To repair the whole anew, merge the adapter first (`mudjack apply ADAPTER --to BASE`) and pass the "
             "result; to train the adapter itself, pass `PeftModel.from_pretrained(base, adapter, is_trainable=True)`."
         )
-    if is_peft_model(model):
-        _check_kind(model.peft_config[model.active_adapters[0]], "The adapter of the model")
-    if is_peft_model(model) and model.active_adapters != [_ADAPTER]:
+    if not is_peft_model(model):
+        return
+    _check_kind(model.peft_config[model.active_adapters[0]], "The adapter of the model")
+    if model.active_adapters != [_ADAPTER]:
         raise ValueError(
             f"The adapter of `{name}` is called {', '.join(model.active_adapters)}, and PEFT saves none but "
             f"`{_ADAPTER}` where `from_pretrained` looks. Load it under that name: `PeftModel.from_pretrained(base, folder, "
@@ -71,8 +72,8 @@ def check_adapters(model: nn.Module, name: str) -> None:
         )
 
 
-def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: Iterable[str]) -> PeftModel:
-    """Put an adapter around a model.
+def add_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: Iterable[str]) -> PeftModel:
+    """Put a new adapter around a model; [`~hf_mudjacking.weight_files.with_adapter`] puts a saved one there.
 
     Args:
         model (`torch.nn.Module`): The encoder.
@@ -95,19 +96,20 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: I
             "the adapter first (`model.merge_and_unload()`), or pass the `PeftModel` alone."
         )
     _check_kind(peft_config, "`peft_config`")
-    if isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights not in _STARTS:
-        raise ValueError(
-            f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the weights under the adapter by chance or by data, and "
-            "differently each time it is loaded. Use the default, or one of "
-            f"{', '.join(repr(start) for start in _STARTS if isinstance(start, str))}."
-        )
-    if isinstance(peft_config, LoraConfig) and peft_config.target_modules is None:
-        peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
-    if isinstance(peft_config, LoraConfig) and peft_config.use_dora:
-        logger.warning(
-            "`AutoModel.from_pretrained` loads an adapter of DoRA without its magnitudes. Load the patch with "
-            "`PeftModel.from_pretrained(base, folder)`, or merge it (`mudjack apply`)."
-        )
+    if isinstance(peft_config, LoraConfig):
+        if peft_config.init_lora_weights not in _STARTS:
+            raise ValueError(
+                f"`init_lora_weights={peft_config.init_lora_weights!r}` changes the weights under the adapter by chance or by data, and "
+                "differently each time it is loaded. Use the default, or one of "
+                f"{', '.join(repr(start) for start in _STARTS if isinstance(start, str))}."
+            )
+        if peft_config.target_modules is None:
+            peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
+        if peft_config.use_dora:
+            logger.warning(
+                "`AutoModel.from_pretrained` loads an adapter of DoRA without its magnitudes. Load the patch with "
+                "`PeftModel.from_pretrained(base, folder)`, or merge it (`mudjack apply`)."
+            )
     adapted = get_peft_model(model, peft_config)
     if os.path.isdir(name):
         # Wherever the adapter is loaded from, this is its base

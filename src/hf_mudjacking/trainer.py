@@ -27,7 +27,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from .adapters import check_adapters, with_adapter
+from .adapters import add_adapter, check_adapters
 from .bug_instance import BugInstance
 from .callbacks import BeforeTrackersClose, StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
@@ -230,7 +230,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
         # PEFT
         check_adapters(model, self.base_model_name)
         if peft_config is not None:
-            model = with_adapter(model, peft_config, self.base_model_name, unused)
+            model = add_adapter(model, peft_config, self.base_model_name, unused)
             self.encoder.model = model
             try:
                 unused = self.encoder.unused_parameters()

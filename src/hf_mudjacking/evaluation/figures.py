@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from textwrap import shorten
 from typing import Any
@@ -18,8 +17,6 @@ from ..screening import Screening
 from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, TextTrigger, Trigger, WarpTrigger
 from .checks import TaskFeatures
 
-
-logger = logging.getLogger(__name__)
 
 # Grey of what is not part of a trigger, and light grey around it.
 _GREY, _LIGHT = 128, 190

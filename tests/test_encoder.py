@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -155,6 +156,22 @@ def test_encode_reads_generators_and_nothing(tiny_vit, processor):
     images = make_images(5)
     torch.testing.assert_close(encoder.encode(x for x in images), encoder.encode(images))
     assert encoder.encode([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("count", [0, 7, 8])
+def test_workers_prepare_what_is_encoded(tiny_vit, processor, count):
+    encoder, images = Encoder(tiny_vit, processor), make_images(count)
+    expected = encoder.encode(images, batch_size=4)
+    assert torch.equal(encoder.encode(images, batch_size=4, num_workers=2), expected)
+    out = torch.full((count, encoder.feature_dim), torch.nan)
+    assert encoder.encode(images, batch_size=4, num_workers=1, out=out) is out
+    assert torch.equal(out, expected)
+
+
+def test_what_is_no_image_is_told_by_a_worker_too(tiny_vit, processor):
+    images = [*make_images(5), "a text"]
+    with pytest.raises(TypeError, match=r"Input 5 is of type `str`; `ViTModel` takes images"):
+        Encoder(tiny_vit, processor).encode(images, batch_size=4, num_workers=1)
 
 
 def test_encode_is_the_same_in_training_mode_and_restores_it(tiny_vit, processor):
@@ -387,7 +404,8 @@ def test_processor_is_found_beside_the_model(tiny_vit, processor, tmp_path):
 def test_an_encoder_by_name(tiny_vit, processor, tmp_path):
     tiny_vit.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    expected = Encoder(tiny_vit, processor).encode(make_images(3))
+    # An encoder by name is put on the device there is
+    expected = Encoder(tiny_vit.to(PartialState().device), processor).encode(make_images(3))
     assert torch.equal(Encoder.load(tmp_path).encode(make_images(3)), expected)
     bug = BugInstance(*make_images(2, seed=9))
     by_name, by_model = (

@@ -167,9 +167,11 @@ def test_an_adapter(build, hub, processor, images):
     }  # fmt: skip
     expected = trainer.encoder.encode(images)
     through_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), "org/patched")
-    assert torch.equal(Encoder(through_peft, processor).encode(images), expected)
-    assert torch.equal(Encoder(AutoModel.from_pretrained("org/patched"), processor).encode(images), expected)
-    assert not torch.equal(Encoder(AutoModel.from_pretrained(BASE), processor).encode(images), expected)
+    device = trainer.args.device
+    assert torch.equal(Encoder(through_peft.to(device), processor).encode(images), expected)
+    by_name, unpatched = (AutoModel.from_pretrained(name).to(device) for name in ("org/patched", BASE))
+    assert torch.equal(Encoder(by_name, processor).encode(images), expected)
+    assert not torch.allclose(Encoder(unpatched, processor).encode(images), expected, atol=1e-3)
     code = re.search(r"```python\n(.*?)```", repo.files()["README.md"].decode(), re.DOTALL).group(1)
     names = {}
     exec(code, names)

@@ -32,7 +32,7 @@ def test_what_is_killed_resumes_to_the_same_result(backdoored, tmp_path):
     script = ROOT / "examples" / "benchmarks" / "kill_and_resume.py"
     finished = subprocess.run(
         [sys.executable, str(script), "--data", str(data), "--points", "2", "--output", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
         capture_output=True, text=True, check=False, timeout=250,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-4000:]

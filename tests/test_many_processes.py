@@ -34,7 +34,7 @@ def results(backdoored, tmp_path_factory):
                "--rdzv_endpoint", "localhost:0", "-m", "tests.many_processes", str(folder)]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *sys.path])},
     )  # fmt: skip
     many_processes.run(folder)
     output = process.communicate(timeout=250)[0]

@@ -178,6 +178,25 @@ def test_how_much_hold_is_asked():
     assert doubts == pytest.approx([1, 1, 0.5, 0, 0], abs=1e-9)
 
 
+def test_what_explains_nearly_all_is_asked_for_less_hold(backdoored, attacked, validation, monkeypatch):
+    """All up to evidence of 0.7, a tenth from 0.9 on, evenly by decades in between: no ordinary content comes that far."""
+    assert [least_hold(0.0, evidence) for evidence in (0.0, 0.7, 0.8, 0.9, 1.0)] == pytest.approx(
+        [0.4, 0.4, 0.4 * 10**-0.5, 0.04, 0.04]
+    )
+    assert worth_of_hold(0.04, 0.0, 0.95) == pytest.approx(1)
+    assert worth_of_hold(0.04, 0.0, 0.6) == pytest.approx(0)
+    bug = backdoored.bug(0)
+    found = invert_trigger(attacked, bug, validation)
+    assert found.evidence > 0.9
+    # As some reports of an encoder that was trained with another release of PyTorch have it
+    monkeypatch.setattr(screening_module, "hold", lambda meter, reference, trigger: 0.16)
+    sure = judge(attacked, bug, found, validation, 0.5)
+    assert (sure.verdict, sure.verified) == ("trigger", True)
+    less = judge(attacked, bug, dataclasses.replace(found, evidence=0.65), validation, 0.5)
+    assert (less.verdict, less.verified) == ("malicious", False)
+    assert less.believed < 0.2 < 0.6 < sure.believed
+
+
 def test_an_input_that_the_trigger_does_not_reach_decides_nothing(por, monkeypatch):
     """It moves a thousand times as far as the others; of a ratio of means it would be all that is left."""
     encoder, task, implant = por

@@ -59,11 +59,15 @@ def test_what_is_not_reached_is_a_bound(speed):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, and the patch would run")
-def test_gpu_patch_refuses_without_a_gpu(speed, tmp_path, capsys):
+def test_a_patch_on_a_gpu_refuses_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import speed_gpu
+
+    monkeypatch.setattr("sys.argv", ["speed_gpu.py", "--data", "x", "--output", str(tmp_path / "gpu.json")])
     with pytest.raises(SystemExit) as stopped:
-        speed.main(["--gpu-patch", "--output", str(tmp_path / "gpu.json")])
+        speed_gpu.main()
     assert stopped.value.code == 2
-    assert "`--gpu-patch` needs a CUDA GPU and PyTorch finds none" in capsys.readouterr().err
+    assert "a CUDA GPU is needed and PyTorch finds none" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
 
 

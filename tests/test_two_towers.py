@@ -351,6 +351,18 @@ def test_a_single_tower_comes_back_as_the_class_that_came_in(clip, entry, tmp_pa
     torch.testing.assert_close(features, trainer.encoder.encode(inputs), atol=1e-5, rtol=0)
 
 
+def test_the_first_token_of_a_causal_tower_tells_no_texts_apart(clip):
+    """Although its tokenizer calls it a class token."""
+    both, processor = clip
+    torch.manual_seed(0)
+    model = sharpened(CLIPTextModel(both.text_model.config))
+    encoder = Encoder(model, processor.tokenizer)
+    assert encoder.feature_source == "pooler"
+    assert float(encoder.encode([TEXTS[0]])[0] @ encoder.encode([TEXTS[1]])[0]) < 0.99
+    with pytest.raises(ValueError, match="gives no feature for `feature_source='cls'`"):
+        Encoder(model, processor.tokenizer, feature_source="cls")
+
+
 def test_an_adapter_of_a_tower_with_projection_is_loaded_with_it(clip, tmp_path):
     torch.manual_seed(0)
     model = sharpened(CLIPVisionModelWithProjection(clip[0].vision_model.config))
@@ -516,7 +528,9 @@ def test_a_backdoored_clip_is_repaired_zero_shot(attack, digits_clip, backdoored
     reference = of_class[int((features @ features.mean(dim=0)).argmax())]
     settings = {"steps": 150, "batch_size": 32, "learning_rate": 2e-3, "disable_tqdm": True}
     if attack == "bad_encoder":
-        implant = implant_bad_encoder(model, processor, train.inputs, trigger, reference, test, **settings)
+        implant = implant_bad_encoder(
+            model, processor, train.inputs, trigger, reference, test, max_accuracy_loss=0.05, **settings
+        )
     else:
         wanted = [prompt.format(NAMES[target]) for prompt in prompts]
         implant = implant_pair_poisoning(

@@ -234,7 +234,7 @@ def test_resumed_and_accumulated_it_is_the_same_run(backdoored, tmp_path, accumu
     whole.train()
     reference = make_trainer(backdoored, tmp_path / "reference")
     reference.train()
-    assert largest_difference(weights_of(reference.model), weights_of(whole.model)) < 2e-5
+    assert largest_difference(weights_of(reference.model), weights_of(whole.model)) < 5e-5
     # Killed after the first reinversion, at step 2
     part = make_trainer(backdoored, tmp_path / "part", save_strategy="steps", save_steps=2, **settings)
     part.train()

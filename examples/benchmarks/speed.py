@@ -3,7 +3,6 @@
 
     python examples/benchmarks/speed.py --data path/to/cifar10 --output docs/results/speed.json
     python examples/benchmarks/speed.py --table --output docs/results/speed.json
-    python examples/benchmarks/speed.py --gpu-patch --data path/to/cifar10
 
 Parts, chosen with `--only`; each is written as soon as it is there, and those that are not run keep their last result:
 
@@ -26,7 +25,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import speed_gpu
 import speed_inversion
 import speed_repairs
 import speed_steps
@@ -61,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="outputs/speed.json", help="json file (default: outputs/speed.json)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
-    parser.add_argument("--data", help="CIFAR-10 (Hub id, parquet file or folder) for `data` and `--gpu-patch`")
+    parser.add_argument("--data", help="CIFAR-10 (Hub id, parquet file or folder) for `data`")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of repairs and reports (default: 0 1)")
     parser.add_argument("--steps", type=int, default=300, help="steps of a repair (default: 300)")
     parser.add_argument("--sgd-steps", type=int, default=4000, help="most steps of the published SGD (default: 4000)")
@@ -69,17 +67,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="of each time (default: 3)")
     parser.add_argument("--quick", action="store_true", help="the smallest run of the parts, which measures nothing")
     parser.add_argument("--table", action="store_true", help="print the tables of `--output`, and run nothing")
-    parser.add_argument("--gpu-patch", action="store_true", help="a whole patch of ViT-B/16 at 224 pixels on a GPU")
-    parser.add_argument(
-        "--peak-tflops", type=float, default=989, help="dense bf16 peak of the GPU (default: 989, H200)"
-    )
     options = parser.parse_args(arguments)
     options.small = False
     if options.quick:
         vars(options).update(QUICK)
-    if options.gpu_patch and not torch.cuda.is_available():
-        parser.error("`--gpu-patch` needs a CUDA GPU and PyTorch finds none. Leave it out to measure on CPU.")
-    needs_data = options.gpu_patch or ("data" in options.only and not options.table)
+    needs_data = "data" in options.only and not options.table
     if needs_data and options.data is None:
         parser.error("pictures are needed: pass `--data uoft-cs/cifar10`, a parquet file or a folder.")
     return options
@@ -126,9 +118,6 @@ def main(arguments: list[str] | None = None) -> int:
     result = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"parts": {}}
     if options.table:
         sys.stdout.write(table(result) + "\n")
-        return 0
-    if options.gpu_patch:
-        write_json(output, speed_gpu.gpu_patch(options))
         return 0
     torch.set_num_threads(1)
     for part in options.only:

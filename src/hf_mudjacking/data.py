@@ -36,18 +36,25 @@ class PatchingDataset(Dataset):
         disable_tqdm (`bool`): Whether to hide the progress bar.
         keep_views (`bool`, *optional*, defaults to `False`): Whether pictures are kept as the model gets them, up to
             1 GiB: see [`~hf_mudjacking.kept_views.KeptViews`].
+        num_workers (`int`, *optional*, defaults to 0): Processes that read and prepare pictures for the frozen model.
 
     A row is a `dict` with `index`, the number of its input, `frozen_features` and either `input`, raw, or `views`, kept from an
     earlier use; `kept` is where to keep them.
     """
 
     def __init__(
-        self, inputs: CleanInputs, encoder: Encoder, batch_size: int, disable_tqdm: bool, keep_views: bool = False
+        self,
+        inputs: CleanInputs,
+        encoder: Encoder,
+        batch_size: int,
+        disable_tqdm: bool,
+        keep_views: bool = False,
+        num_workers: int = 0,
     ) -> None:
         self.inputs = inputs
         self.kept = KeptViews() if keep_views else None
         self.frozen_features = stored_features(
-            encoder, inputs, batch_size, disable_tqdm, f"Frozen features of {inputs.name}"
+            encoder, inputs, batch_size, disable_tqdm, f"Frozen features of {inputs.name}", num_workers
         )
         # Numbers of the inputs that the rows are made of
         self.rows = list(range(len(inputs)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -62,7 +64,7 @@ def resolve_feature_source(
 
     Args:
         model (`torch.nn.Module`): The encoder.
-        outputs (`ModelOutput`): What it returned for some input.
+        outputs (`ModelOutput`): What it returned for some inputs; those of a text encoder differ in more than their first token.
         feature_source (`str`, *optional*, defaults to `"auto"`): `"cls"` (first token), `"mean"` (mean over tokens or
             positions), `"pooler"` (`pooler_output`), `"projection"` (`image_embeds`, `text_embeds`), or `"auto"`: the
             projection where there is one, else the class token where the family has one, else the pooled output, else
@@ -86,9 +88,12 @@ def resolve_feature_source(
     has_class_token = has_class_token or any(
         name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in model.named_parameters()
     )
+    tokens = hidden is not None and hidden.dim() == 3
+    # The first token of a causal model sees nothing behind it, so all texts have the same there
+    blind = tokens and len(hidden) > 1 and bool(torch.allclose(hidden[0, 0], hidden[1, 0], atol=1e-6))
     usable = {
         "projection": any(embeddings is not None for embeddings in projected),
-        "cls": hidden is not None and hidden.dim() == 3 and (has_class_token or feature_source == "cls"),
+        "cls": tokens and not blind and (has_class_token or feature_source == "cls"),
         "pooler": pooled is not None,
         "mean": hidden is not None and hidden.dim() in (3, 4),
     }
@@ -311,6 +316,7 @@ class Encoder:
         disable_tqdm: bool = True,
         desc: str = "Encoding",
         out: Tensor | None = None,
+        num_workers: int = 0,
     ) -> Tensor:
         """Features of raw inputs.
 
@@ -320,6 +326,8 @@ class Encoder:
             disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to hide the progress bar.
             desc (`str`, *optional*, defaults to `"Encoding"`): Its label.
             out (`FloatTensor` of shape `(N, D)`, *optional*): Where to write them, such as a part of a mapped file.
+            num_workers (`int`, *optional*, defaults to 0): Processes that read and prepare images ahead, as those of a
+                `DataLoader`; `inputs` must then be a sequence. Texts need none, nor do processes that share the work.
 
         Returns:
             `FloatTensor` of shape `(N, D)`: L2-normalised features on CPU; `(0, D)` for no inputs.
@@ -337,21 +345,22 @@ class Encoder:
         done = 0
         total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
         texts = self.modality == "text"
+        if num_workers and count == 1 and not texts:
+            groups = self._prepared_ahead(inputs, batch_size, num_workers)
+        else:
+            groups = self._prepared(inputs, batch_size, rank, count)
         bar = tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img")
         with bar, comparison_mode(self.model, checkpointing=False):
-            for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
-                self._check_kind(group, done)
-                own = range(rank, len(group), count)
-                order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
-                features = torch.zeros(len(group), self.feature_dim)
-                for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-                    features[rows] = self.features(self.preprocess([group[i] for i in rows])).cpu()
+            for size, batches in groups:
+                features = torch.zeros(size, self.feature_dim)
+                for rows, model_inputs in batches:
+                    features[rows] = self.features(model_inputs).cpu()
                     bar.update(len(rows))
                 if out is None:
                     chunks.append(features)
                 else:
-                    out[done : done + len(group)] = features
-                done += len(group)
+                    out[done : done + size] = features
+                done += size
         if out is None:
             out = torch.cat(chunks) if chunks else torch.empty(0, self.feature_dim)
         if count > 1:
@@ -393,15 +402,31 @@ class Encoder:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
-    def _check_kind(self, inputs: list[RawInput], first: int) -> None:
-        """Refuse what is no raw input of the model; `first` is the number of the first one."""
-        needed = str if self.modality == "text" else Image.Image
-        for number, x in enumerate(inputs, first):
-            if not isinstance(x, needed):
-                raise TypeError(
-                    f"Input {number} is of type `{type(x).__name__}`; `{type(self.model).__name__}` takes "
-                    f"{'texts (`str`)' if needed is str else 'images (`PIL.Image.Image`)'}."
-                )
+    def _prepared(
+        self, inputs: Iterable[RawInput], batch_size: int, rank: int, count: int
+    ) -> Iterator[tuple[int, Iterable[tuple[Sequence[int], dict[str, Tensor]]]]]:
+        """Groups of raw inputs: how many, and batches of every `count`-th from `rank` on, as numbers in the group and model inputs.
+
+        Texts of like length share a batch.
+        """
+        texts = self.modality == "text"
+        first = 0
+        for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
+            _check_kind(group, first, texts, type(self.model).__name__)
+            own = range(rank, len(group), count)
+            order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
+            batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+            yield len(group), ((rows, self.preprocess([group[i] for i in rows])) for rows in batches)
+            first += len(group)
+
+    def _prepared_ahead(
+        self, images: Sequence[Image.Image], batch_size: int, num_workers: int
+    ) -> Iterator[tuple[int, Iterable[tuple[Sequence[int], dict[str, Tensor]]]]]:
+        """The same of all images, prepared by other processes."""
+        parts = _Parts(images, batch_size, self.preprocessor, type(self.model).__name__)
+        for model_inputs in DataLoader(parts, batch_size=None, num_workers=num_workers):
+            size = len(model_inputs["pixel_values"])
+            yield size, [(range(size), model_inputs)]
 
     @torch.no_grad()
     def _sees_padding(self) -> bool:
@@ -505,6 +530,35 @@ def _batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
             batch = []
     if batch:
         yield batch
+
+
+def _check_kind(inputs: Sequence[RawInput], first: int, texts: bool, model_name: str) -> None:
+    """Refuse what is no raw input of the model; `first` is the number of the first one."""
+    needed = str if texts else Image.Image
+    for number, x in enumerate(inputs, first):
+        if not isinstance(x, needed):
+            raise TypeError(
+                f"Input {number} is of type `{type(x).__name__}`; `{model_name}` takes "
+                f"{'texts (`str`)' if texts else 'images (`PIL.Image.Image`)'}."
+            )
+
+
+class _Parts(Dataset):
+    """Images a batch at a time, prepared where they are asked for: in a worker, which needs no model."""
+
+    def __init__(
+        self, images: Sequence[Image.Image], batch_size: int, preprocessor: ImagePreprocessor, model_name: str
+    ) -> None:
+        self.images, self.batch_size, self.preprocessor, self.model_name = images, batch_size, preprocessor, model_name
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __getitem__(self, part: int) -> dict[str, Tensor]:
+        first = part * self.batch_size
+        images = [self.images[i] for i in range(first, min(first + self.batch_size, len(self.images)))]
+        _check_kind(images, first, False, self.model_name)
+        return self.preprocessor(images)
 
 
 def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:

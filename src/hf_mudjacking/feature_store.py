@@ -19,7 +19,13 @@ _IN_MEMORY = 256 * 2**20
 
 
 def stored_features(
-    encoder: Encoder, inputs: CleanInputs, batch_size: int, disable_tqdm: bool, desc: str, in_memory: int = _IN_MEMORY
+    encoder: Encoder,
+    inputs: CleanInputs,
+    batch_size: int,
+    disable_tqdm: bool,
+    desc: str,
+    num_workers: int = 0,
+    in_memory: int = _IN_MEMORY,
 ) -> Tensor:
     """Features of all inputs, each computed by one process of the machine; every process of the run must call it.
 
@@ -36,6 +42,7 @@ def stored_features(
         batch_size (`int`): Inputs per forward pass.
         disable_tqdm (`bool`): Whether to hide the progress bar.
         desc (`str`): Its label.
+        num_workers (`int`, *optional*, defaults to 0): Processes that read and prepare images ahead.
         in_memory (`int`, *optional*, defaults to 256 MiB): Bytes up to which the features of one process stay in memory.
 
     Returns:
@@ -44,7 +51,7 @@ def stored_features(
     Raises:
         ValueError: In every process, if one finds a feature that is NaN or infinite, or an input that cannot be read.
     """
-    settings = {"batch_size": batch_size, "disable_tqdm": disable_tqdm, "desc": desc}
+    settings = {"batch_size": batch_size, "disable_tqdm": disable_tqdm, "desc": desc, "num_workers": num_workers}
     number, count, first = place_on_node()
     shape = (len(inputs), encoder.feature_dim)
     if count == 1 and 4 * shape[0] * shape[1] <= in_memory:

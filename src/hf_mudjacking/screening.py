@@ -158,7 +158,7 @@ def judge(
         np.clip(measured["evidence"], 0, 1)
         * _worth_of_pair(measured.get("likeness"))
         * np.clip((1 - measured["reference_arrived"]) / (1 - _MAX_REFERENCE_ARRIVED), 0, 1)
-        * worth_of_hold(measured["hold"], found.area)
+        * worth_of_hold(measured["hold"], found.area, found.evidence)
     )
     verdict: Verdict = "trigger"
     reasons = natural or wrong or harmful
@@ -188,7 +188,7 @@ def _reasons(
             f"clean content alone {found.control:.2f}: evidence of {found.evidence:.2f}, and {min_evidence} is needed."
         )
     likeness, arrived = measured.get("likeness", 1.0), measured["reference_arrived"]
-    holds, least = measured["hold"], least_hold(found.area)
+    holds, least = measured["hold"], least_hold(found.area, found.evidence)
     if likeness < _MIN_LIKENESS:
         wrong.append(
             f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {_MIN_LIKENESS} is "
@@ -202,7 +202,7 @@ def _reasons(
     if holds < least:
         harmful.append(
             f"A first step of the repair moves clean inputs {holds:.2f} times as far as inputs that carry what was found, and "
-            f"{least:.1f} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
+            f"{least:.2g} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
         )
     return natural, wrong, harmful
 

@@ -337,6 +337,7 @@ class MudjackingTrainer(PatchPushing, Trainer):
                 self.args.per_device_eval_batch_size,
                 self._silent,
                 keep_views=images and worth_keeping(self.args, len(inputs), name == "train_dataset"),
+                num_workers=self.args.dataloader_num_workers,
             )
             for name, inputs in self._inputs.items()
         }

@@ -29,6 +29,7 @@ def pretrain_contrastive(
     temperature: float = 0.5,
     projection_dim: int = 128,
     bf16: bool = False,
+    torch_compile: bool = False,
     seed: int = 0,
     disable_tqdm: bool = False,
 ) -> None:
@@ -39,7 +40,7 @@ def pretrain_contrastive(
     Args:
         model ([`~transformers.PreTrainedModel`]): Vision encoder, moved to no other device.
         processing_class (`BaseImageProcessor`): Its image processor.
-        images (`Sequence[PIL.Image.Image]`): Training images; prepared ones stay in memory, 3 · H · W bytes each.
+        images (`Sequence[PIL.Image.Image]`): Training images; prepared ones stay on the model's device, 3 · H · W bytes each.
         epochs (`int`): Passes over them; BadEncoder's code takes 1,000 on CIFAR-10.
         batch_size (`int`, *optional*, defaults to 256): Images per step, two views of each.
         learning_rate (`float`, *optional*, defaults to 1e-3): Peak learning rate (BadEncoder's code).
@@ -47,6 +48,7 @@ def pretrain_contrastive(
         temperature (`float`, *optional*, defaults to 0.5): τ; the best one for CIFAR-10 in the paper's appendix.
         projection_dim (`int`, *optional*, defaults to 128): Outputs of the head, of one hidden layer as wide as the features.
         bf16 (`bool`, *optional*, defaults to `False`): Whether to run the forward pass under bfloat16 autocast.
+        torch_compile (`bool`, *optional*, defaults to `False`): Whether to compile the model.
         seed (`int`, *optional*, defaults to 0): Seed of the head, the order and the views.
         disable_tqdm (`bool`, *optional*, defaults to `False`): Whether to hide the progress bar.
 
@@ -60,11 +62,12 @@ def pretrain_contrastive(
         width = encoder.feature_dim
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)).to(encoder.device)
     pictures = ModelPictures(encoder)
-    views = two_views(pictures, pictures.prepare(images), generator)
+    views = two_views(pictures, pictures.prepare(images).to(encoder.device), generator)
+    called = torch.compile(model) if torch_compile else model
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-            projected = head(encoder.features(views(rows)))
+            projected = head(encoder.features(views(rows), called))
         return nt_xent(normalize(projected.float(), dim=1), temperature)
 
     train_epochs(

@@ -176,7 +176,9 @@ def train_epochs(
                 optimizer.step()
                 schedule.step()
                 bar.update()
-                bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+                if not disable_tqdm:
+                    # Waits for a GPU
+                    bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
     model.eval()
 
 

@@ -83,7 +83,7 @@ def check_disagreement(bug: BugInstance, misclassified: Tensor, reference: Tenso
     """
     cosine = float(misclassified @ reference)
     usual = float((1 - clean_similarity).mean())
-    if 1 - cosine < 0.1 * usual:
+    if 1 - cosine <= 0.1 * usual:
         raise ValueError(
             f"Nothing to patch in bug instance `{bug.name}`: the model already gives its two inputs nearly the same "
             f"feature (cosine {cosine:.4f}; clean inputs have {1 - usual:.4f} on average). If they are classified "

@@ -80,7 +80,7 @@ def two_views(
     """Of row numbers `(B,)`, model inputs `(2 · B, C, H, W)`: one view of each picture, then another of each."""
 
     def views(rows: Tensor) -> dict[str, Tensor]:
-        shown = pictures.shown(prepared[rows])
+        shown = pictures.shown(prepared[rows.to(prepared.device, non_blocking=True)])
         return pictures.inputs(torch.cat([contrastive_view(shown, generator) for _ in range(2)]))
 
     return views

@@ -170,8 +170,17 @@ def test_workers_prepare_what_is_encoded(tiny_vit, processor, count):
 
 def test_what_is_no_image_is_told_by_a_worker_too(tiny_vit, processor):
     images = [*make_images(5), "a text"]
-    with pytest.raises(TypeError, match=r"Input 5 is of type `str`; `ViTModel` takes images"):
-        Encoder(tiny_vit, processor).encode(images, batch_size=4, num_workers=1)
+    encoder = Encoder(tiny_vit, processor)
+    with pytest.raises(TypeError, match=r"^Input 5 is of type `str`; `ViTModel` takes images"):
+        encoder.encode(images, batch_size=4, num_workers=1)
+    with pytest.raises(TypeError, match="`inputs` is a `generator`; workers need a sequence"):
+        encoder.encode((x for x in images), num_workers=1)
+
+
+def test_workers_draw_nothing_from_the_global_generator(tiny_vit, processor):
+    before = torch.random.get_rng_state()
+    Encoder(tiny_vit, processor).encode(make_images(5), batch_size=4, num_workers=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_encode_is_the_same_in_training_mode_and_restores_it(tiny_vit, processor):

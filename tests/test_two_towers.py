@@ -359,7 +359,7 @@ def test_the_first_token_of_a_causal_tower_tells_no_texts_apart(clip):
     encoder = Encoder(model, processor.tokenizer)
     assert encoder.feature_source == "pooler"
     assert float(encoder.encode([TEXTS[0]])[0] @ encoder.encode([TEXTS[1]])[0]) < 0.99
-    with pytest.raises(ValueError, match="gives no feature for `feature_source='cls'`"):
+    with pytest.raises(ValueError, match="its first token sees nothing behind it"):
         Encoder(model, processor.tokenizer, feature_source="cls")
 
 

@@ -128,6 +128,8 @@ def implant(data: str, folder: Path, seed: int) -> None:
             )  # fmt: skip
             break
         except ImplantError as error:
+            if learning_rate == LEARNING_RATES[-1]:
+                raise
             sys.stderr.write(f"{error}\n")
     attacked = encoder.with_model(backdoored.model)
     bug = draw_bug_report(attacked, task, trigger, seed)
@@ -223,6 +225,7 @@ def main() -> int:
         write_json(output, measured(options))
         return 0
     result = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    failed = 0
     with tempfile.TemporaryDirectory() as folder:
         implant(options.data, Path(folder), options.seed)
         for name in options.variants:
@@ -232,11 +235,12 @@ def main() -> int:
                        "--measure", name, folder]  # fmt: skip
             if subprocess.run(command).returncode:
                 sys.stderr.write(f"`{name}` failed.\n")
+                failed += 1
                 continue
             result[name] = json.loads(part.read_text(encoding="utf-8"))
             write_json(output, result)
             sys.stderr.write(f"{name}: {json.dumps(result[name])}\n")
-    return 0 if set(options.variants) <= result.keys() else 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

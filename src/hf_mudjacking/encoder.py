@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ _SORTED_BATCHES = 16
 _LONGEST_TEXT = 8192
 
 
+# How many raw inputs, and batches of them: their numbers among these, and the model's inputs
+_Group: TypeAlias = "tuple[int, Iterable[tuple[Sequence[int], dict[str, Tensor]]]]"
+
+
 class NonFiniteError(ValueError):
     """Features, or a loss of them, are NaN or infinite."""
 
@@ -67,8 +71,8 @@ def resolve_feature_source(
         outputs (`ModelOutput`): What it returned for some inputs; those of a text encoder differ in more than their first token.
         feature_source (`str`, *optional*, defaults to `"auto"`): `"cls"` (first token), `"mean"` (mean over tokens or
             positions), `"pooler"` (`pooler_output`), `"projection"` (`image_embeds`, `text_embeds`), or `"auto"`: the
-            projection where there is one, else the class token where the family has one, else the pooled output, else
-            the mean.
+            projection where there is one, else the class token where the family has one that sees the others, else the
+            pooled output, else the mean.
         has_class_token (`bool`, *optional*, defaults to `False`): Whether its tokenizer puts a class token in front.
 
     Returns:
@@ -89,11 +93,11 @@ def resolve_feature_source(
         name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in model.named_parameters()
     )
     tokens = hidden is not None and hidden.dim() == 3
-    # The first token of a causal model sees nothing behind it, so all texts have the same there
-    blind = tokens and len(hidden) > 1 and bool(torch.allclose(hidden[0, 0], hidden[1, 0], atol=1e-6))
+    # The first token of a causal model sees nothing behind it, so texts, of which there are two, have the same there
+    sees_nothing = tokens and len(hidden) > 1 and bool(torch.allclose(hidden[0, 0], hidden[1, 0], atol=1e-6))
     usable = {
         "projection": any(embeddings is not None for embeddings in projected),
-        "cls": tokens and not blind and (has_class_token or feature_source == "cls"),
+        "cls": tokens and not sees_nothing and (has_class_token or feature_source == "cls"),
         "pooler": pooled is not None,
         "mean": hidden is not None and hidden.dim() in (3, 4),
     }
@@ -101,6 +105,8 @@ def resolve_feature_source(
         feature_source = next((source for source, ok in usable.items() if ok), "auto")
     if not usable.get(feature_source, False):
         found = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+        if feature_source == "cls" and sees_nothing:
+            found += "; its first token sees nothing behind it and is the same for all texts"
         raise ValueError(
             f"`{type(model).__name__}` gives no feature for `feature_source={feature_source!r}`; its outputs are: {found}. "
             "Load the bare encoder with `AutoModel` (no classification head), or name one of "
@@ -345,6 +351,10 @@ class Encoder:
         done = 0
         total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
         texts = self.modality == "text"
+        if num_workers and not isinstance(inputs, Sized):
+            raise TypeError(
+                f"`inputs` is a `{type(inputs).__name__}`; workers need a sequence. Pass a list, or no workers."
+            )
         if num_workers and count == 1 and not texts:
             groups = self._prepared_ahead(inputs, batch_size, num_workers)
         else:
@@ -402,9 +412,7 @@ class Encoder:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
-    def _prepared(
-        self, inputs: Iterable[RawInput], batch_size: int, rank: int, count: int
-    ) -> Iterator[tuple[int, Iterable[tuple[Sequence[int], dict[str, Tensor]]]]]:
+    def _prepared(self, inputs: Iterable[RawInput], batch_size: int, rank: int, count: int) -> Iterator[_Group]:
         """Groups of raw inputs: how many, and batches of every `count`-th from `rank` on, as numbers in the group and model inputs.
 
         Texts of like length share a batch.
@@ -419,12 +427,14 @@ class Encoder:
             yield len(group), ((rows, self.preprocess([group[i] for i in rows])) for rows in batches)
             first += len(group)
 
-    def _prepared_ahead(
-        self, images: Sequence[Image.Image], batch_size: int, num_workers: int
-    ) -> Iterator[tuple[int, Iterable[tuple[Sequence[int], dict[str, Tensor]]]]]:
+    def _prepared_ahead(self, images: Sequence[Image.Image], batch_size: int, num_workers: int) -> Iterator[_Group]:
         """The same of all images, prepared by other processes."""
-        parts = _Parts(images, batch_size, self.preprocessor, type(self.model).__name__)
-        for model_inputs in DataLoader(parts, batch_size=None, num_workers=num_workers):
+        batches = _PreparedBatches(images, batch_size, self.preprocessor, type(self.model).__name__)
+        # A generator of its own: workers get seeds, which would be drawn from the global one
+        loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+        for model_inputs in loader:
+            if isinstance(model_inputs, Exception):
+                raise model_inputs
             size = len(model_inputs["pixel_values"])
             yield size, [(range(size), model_inputs)]
 
@@ -543,8 +553,12 @@ def _check_kind(inputs: Sequence[RawInput], first: int, texts: bool, model_name:
             )
 
 
-class _Parts(Dataset):
-    """Images a batch at a time, prepared where they are asked for: in a worker, which needs no model."""
+class _PreparedBatches(Dataset):
+    """Images a batch at a time, prepared where they are asked for: in a worker, which needs no model.
+
+    An item is what the model takes, or the error that came instead: raised in a worker it would lose its cause, and bury its
+    message in a traceback.
+    """
 
     def __init__(
         self, images: Sequence[Image.Image], batch_size: int, preprocessor: ImagePreprocessor, model_name: str
@@ -554,11 +568,14 @@ class _Parts(Dataset):
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
 
-    def __getitem__(self, part: int) -> dict[str, Tensor]:
-        first = part * self.batch_size
-        images = [self.images[i] for i in range(first, min(first + self.batch_size, len(self.images)))]
-        _check_kind(images, first, False, self.model_name)
-        return self.preprocessor(images)
+    def __getitem__(self, number: int) -> dict[str, Tensor] | Exception:
+        first = number * self.batch_size
+        try:
+            images = [self.images[i] for i in range(first, min(first + self.batch_size, len(self.images)))]
+            _check_kind(images, first, False, self.model_name)
+            return self.preprocessor(images)
+        except Exception as error:
+            return error
 
 
 def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:

@@ -188,7 +188,8 @@ def _reasons(
             f"clean content alone {found.control:.2f}: evidence of {found.evidence:.2f}, and {min_evidence} is needed."
         )
     likeness, arrived = measured.get("likeness", 1.0), measured["reference_arrived"]
-    holds, least = measured["hold"], least_hold(found.area, found.evidence)
+    # Rounded as what was measured is
+    holds, least = measured["hold"], round(least_hold(found.area, found.evidence), 4)
     if likeness < _MIN_LIKENESS:
         wrong.append(
             f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {_MIN_LIKENESS} is "
@@ -201,7 +202,7 @@ def _reasons(
         )
     if holds < least:
         harmful.append(
-            f"A first step of the repair moves clean inputs {holds:.2f} times as far as inputs that carry what was found, and "
+            f"A first step of the repair moves clean inputs {holds:.2g} times as far as inputs that carry what was found, and "
             f"{least:.2g} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
         )
     return natural, wrong, harmful

@@ -63,11 +63,11 @@ def pretrain_contrastive(
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection_dim)).to(encoder.device)
     pictures = ModelPictures(encoder)
     views = two_views(pictures, pictures.prepare(images).to(encoder.device), generator)
-    called = torch.compile(model) if torch_compile else model
+    compiled = torch.compile(model) if torch_compile else model
 
     def loss(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-            projected = head(encoder.features(views(rows), called))
+            projected = head(encoder.features(views(rows), compiled))
         return nt_xent(normalize(projected.float(), dim=1), temperature)
 
     train_epochs(

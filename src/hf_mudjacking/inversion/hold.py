@@ -27,10 +27,9 @@ _STEP = 1e-4
 # content carries others by itself. On CIFAR-10 true triggers have 13 to 8,900 (of one class 0.6 to 1.9), ordinary content 0.04 to 4.8
 # (docs/attacks.md); on digits small patches have 0.6 to 6, signals 70 to 160, natural misclassifications 0.2 to 1.7.
 _MIN_HOLD, _WHOLE = 0.4, 10.0
-# Evidence from which less hold is asked, that from which the least of it is, and how much that is. Ordinary content reaches 0.67, on
-# digits 0.62 (patches optimised on an encoder without a backdoor among it), true patches mostly 0.85 to 0.99; and on one of ten digits
-# encoders some of those held inputs 0.16 to 0.35 times as much only.
-_SURE, _LEAST_SHARE = (0.7, 0.9), 0.1
+# Evidence up to which all of that is asked, from which on a share of it, and that share; evenly by decades in between. True patches
+# mostly have 0.85 to 0.99, ordinary content at most 0.67 (docs/attacks.md).
+_UNSURE, _SURE, _SHARE_IF_SURE = 0.7, 0.9, 0.1
 
 
 def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
@@ -112,8 +111,8 @@ def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def least_hold(area: float, evidence: float = 0.0) -> float:
     """The hold that a trigger must have, given how much of the input it makes up, 0 to 1, and the evidence of it."""
-    sure = min(max((evidence - _SURE[0]) / (_SURE[1] - _SURE[0]), 0.0), 1.0)
-    return _MIN_HOLD * _WHOLE**area * _LEAST_SHARE**sure
+    sure = min(max((evidence - _UNSURE) / (_SURE - _UNSURE), 0.0), 1.0)
+    return _MIN_HOLD * _WHOLE**area * _SHARE_IF_SURE**sure
 
 
 def worth_of_hold(value: float, area: float, evidence: float = 0.0) -> float:

@@ -185,7 +185,7 @@ def _held_merit(found: InvertedTrigger, meter: TransferMeter, control_meter: Tra
 
 
 def _weighed(found: InvertedTrigger, held: float | None) -> float:
-    """The merit for a hold that is known."""
+    """The merit for a hold that is known. All of it is asked whatever the evidence: another explanation may hold more."""
     return _merit(found) * (1.0 if held is None else worth_of_hold(held, found.area))
 
 

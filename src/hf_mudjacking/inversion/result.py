@@ -79,11 +79,11 @@ def check_disagreement(bug: BugInstance, misclassified: Tensor, reference: Tenso
     """Refuse a report whose inputs the encoder already sees as alike.
 
     Raises:
-        ValueError: If x_b is nearer to x_r than a tenth of its mean distance to clean inputs.
+        ValueError: If x_b is no further from x_r than a tenth of its mean distance to clean inputs, or than rounding errors.
     """
     cosine = float(misclassified @ reference)
     usual = float((1 - clean_similarity).mean())
-    if 1 - cosine <= 0.1 * usual:
+    if 1 - cosine <= max(0.1 * usual, MIN_REACHABLE):
         raise ValueError(
             f"Nothing to patch in bug instance `{bug.name}`: the model already gives its two inputs nearly the same "
             f"feature (cosine {cosine:.4f}; clean inputs have {1 - usual:.4f} on average). If they are classified "

@@ -46,14 +46,14 @@ def jittered(pictures: Tensor, generator: torch.Generator) -> Tensor:
     one picture in five stays as it is."""
     count, device = len(pictures), pictures.device
     amounts = 2 * torch.rand(count, 4, generator=generator) - 1
-    amounts = _placed(amounts * torch.tensor([*_STRENGTHS, _HUE]) + torch.tensor([1.0, 1.0, 1.0, 0.0]), device)
+    amounts = _sent(amounts * torch.tensor([*_STRENGTHS, _HUE]) + torch.tensor([1.0, 1.0, 1.0, 0.0]), device)
     order = torch.rand(count, 4, generator=generator).argsort(dim=1)
     chosen = torch.rand(count, generator=generator) < _JITTERED
     pictures = pictures.clone()
     for place in range(4):
         for number, change in enumerate((brightness, contrast, saturation, hue)):
             # On CPU: how many there are is then known without waiting for a GPU
-            rows = _placed((chosen & (order[:, place] == number)).nonzero().flatten(), device)
+            rows = _sent((chosen & (order[:, place] == number)).nonzero().flatten(), device)
             pictures[rows] = change(pictures[rows], amounts[rows, number])
     return pictures
 
@@ -103,7 +103,7 @@ def cropped(pictures: Tensor, generator: torch.Generator) -> Tensor:
     parts = torch.zeros(count, 2, 3)
     parts[:, 0, 0], parts[:, 0, 2] = width, (1 - width) * (2 * across - 1)
     parts[:, 1, 1], parts[:, 1, 2] = height, (1 - height) * (2 * down - 1)
-    grid = affine_grid(_placed(parts, pictures.device), list(pictures.shape), align_corners=False)
+    grid = affine_grid(_sent(parts, pictures.device), list(pictures.shape), align_corners=False)
     return grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -113,10 +113,10 @@ def _mixed(pictures: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 def _drawn(share: float, pictures: Tensor, generator: torch.Generator) -> Tensor:
     """`BoolTensor` `(N,)`, each true with this probability, on the device of the pictures."""
-    return _placed(torch.rand(len(pictures), generator=generator) < share, pictures.device)
+    return _sent(torch.rand(len(pictures), generator=generator) < share, pictures.device)
 
 
-def _placed(values: Tensor, device: torch.device) -> Tensor:
+def _sent(values: Tensor, device: torch.device) -> Tensor:
     """Drawn on CPU, for a GPU that goes on with its work meanwhile."""
     return values.to(device, non_blocking=True)
 

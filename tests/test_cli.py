@@ -133,6 +133,9 @@ def test_patch_resumes(files, tmp_path, monkeypatch, capsys):
                "--locality-budget", "none"]  # fmt: skip
     assert main([*command, "--output-dir", str(tmp_path / "whole")]) == 0
     expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    # Who prepares the pictures makes no difference
+    assert main([*command, "--workers", "2", "--output-dir", str(tmp_path / "workers")]) == 0
+    assert (tmp_path / "workers" / "model.safetensors").read_bytes() == expected
     out = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", out / "checkpoint-3")
     monkeypatch.setattr(MudjackingTrainer, "invert_triggers", lambda self: pytest.fail("inverted again"))
@@ -251,6 +254,16 @@ def test_options_that_cannot_be(files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["invert", *options, "--conf", str(tmp_path / "c.yaml")])
     assert "unrecognized arguments: --conf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--workers", "-1", "0 or more"), ("--lora-rank", "0", "1 or more"), ("--save-steps", "0", "1 or more")],
+)
+def test_numbers_that_cannot_be(files, tmp_path, capsys, option, value, said):
+    assert main(["patch", *report_options(files), "--output-dir", str(tmp_path / "out"), option, value]) == 2
+    assert f"{option} {value}: it must be {said}" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="mean cosine distance that clean features may move by before all is rolled back, or none (default: 0.1)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that prepare pictures, of which a GPU needs eight or more to be kept busy (default: 0)",
+    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--fp16", action="store_true", help="float16 autocast (GPU)")
     parser.add_argument(
@@ -129,6 +135,8 @@ def _patch(options: argparse.Namespace) -> int:
     for name in ("lora_rank", "save_steps"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be 1 or more")
+    if options.workers < 0:
+        raise ValueError(f"--workers {options.workers}: it must be 0 or more")
     check_output_dir(options.output_dir, options.model)
     # Of ours it is only beside a record
     if read_record(options.output_dir) is None and (Path(options.output_dir) / "report.json").exists():
@@ -175,6 +183,7 @@ def _patch(options: argparse.Namespace) -> int:
             use_cpu=not torch.accelerator.is_available(),
             save_strategy="no" if options.save_steps is None else "steps",
             save_steps=options.save_steps or 500,
+            dataloader_num_workers=options.workers,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=options.disable_tqdm,
         ),

@@ -356,7 +356,7 @@ def test_the_trainer_refuses_a_wrong_pair(backdoored, wrong, tmp_path, monkeypat
     right = backdoored.bug(1)
     # Digits are more alike than pictures; a patch is found again with the trainer's clean inputs
     monkeypatch.setattr(screening_module, "_MIN_LIKENESS", 0.4)
-    found = [s for s in wrong if s.found.trigger.kind == "patch"]
+    found = [s for s in wrong if s.found.trigger.kind == "patch" and "likeness" in s.evidence]
     surest = min(found, key=lambda screening: screening.evidence["likeness"])
     bug = dataclasses.replace(mislabelled(backdoored, wrong.index(surest)), name="wrong")
 

@@ -3,9 +3,9 @@
 
     python examples/benchmarks/speed_gpu.py --data path/to/cifar10 --output outputs/speed_gpu.json
 
-The encoder is random and is backdoored first, which is not timed: what is measured is the work, not how well it repairs. All
-settings are defaults, but that nothing is stopped early, bf16 is on and workers make batches. Variants, each in a process of its
-own, so that nothing is compiled yet:
+The encoder is random and is backdoored first, which is not timed: what is measured is the work, not how well it repairs. So
+whatever the verdict the report is patched, and nothing is stopped or taken back; bf16 and tf32 are on, and workers make batches. All
+other settings are defaults. Variants, each in a process of its own, so that nothing is compiled yet:
 
 - `eager`: steps of 32.
 - `compiled`: `torch_compile=True` by regions (`ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION`): one layer, since all are alike.

@@ -556,8 +556,8 @@ def _check_kind(inputs: Sequence[RawInput], first: int, texts: bool, model_name:
 class _PreparedBatches(Dataset):
     """Images a batch at a time, prepared where they are asked for: in a worker, which needs no model.
 
-    An item is what the model takes, or the error that came instead: raised in a worker it would lose its cause, and bury its
-    message in a traceback.
+    An item is what the model takes, or the error that came instead, whose message would be buried in a traceback if it were
+    raised in a worker.
     """
 
     def __init__(

@@ -26,8 +26,9 @@ def best_region(votes: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.n
     Returns:
         `np.ndarray` of shape `(H, W)`, `bool`: The smallest such region.
     """
-    numbers = np.arange(votes.size).reshape(votes.shape)
-    source, sink = votes.size, votes.size + 1
+    # SciPy's flow takes no others, and its matrices keep what they get (1.14; later ones convert)
+    numbers = np.arange(votes.size, dtype=np.int32).reshape(votes.shape)
+    source, sink = np.int32(votes.size), np.int32(votes.size + 1)
     inside, outside = votes > 0, votes < 0
     edges = [
         (np.full(inside.sum(), source), numbers[inside], votes[inside]),

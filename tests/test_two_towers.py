@@ -528,8 +528,10 @@ def test_a_backdoored_clip_is_repaired_zero_shot(attack, digits_clip, backdoored
     reference = of_class[int((features @ features.mean(dim=0)).argmax())]
     settings = {"steps": 150, "batch_size": 32, "learning_rate": 2e-3, "disable_tqdm": True}
     if attack == "bad_encoder":
+        # On a GPU it came out 0.034 lower
+        allowed = 0.05 if torch.cuda.is_available() else 0.03
         implant = implant_bad_encoder(
-            model, processor, train.inputs, trigger, reference, test, max_accuracy_loss=0.05, **settings
+            model, processor, train.inputs, trigger, reference, test, max_accuracy_loss=allowed, **settings
         )
     else:
         wanted = [prompt.format(NAMES[target]) for prompt in prompts]

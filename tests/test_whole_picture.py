@@ -234,7 +234,9 @@ def test_resumed_and_accumulated_it_is_the_same_run(backdoored, tmp_path, accumu
     whole.train()
     reference = make_trainer(backdoored, tmp_path / "reference")
     reference.train()
-    assert largest_difference(weights_of(reference.model), weights_of(whole.model)) < 5e-5
+    # Rounding alone; a GPU's is coarser
+    allowed = 5e-5 if torch.cuda.is_available() else 2e-5
+    assert largest_difference(weights_of(reference.model), weights_of(whole.model)) < allowed
     # Killed after the first reinversion, at step 2
     part = make_trainer(backdoored, tmp_path / "part", save_strategy="steps", save_steps=2, **settings)
     part.train()

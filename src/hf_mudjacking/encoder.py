@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,12 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .loading import has_two_towers, hub_commit, load_model, load_processor, made_up_weights, modality_of, save_model
 from .modes import comparison_mode
+from .prepared_batches import prepared, prepared_ahead
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
@@ -47,14 +46,8 @@ _CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
 _PROBE_TEXTS = ("A short text.", "This one is longer: it has a few more words than the other, and some punctuation.")
 # Cosine from which two features of one text count as the same; half precision stays above it.
 _SAME = 0.99
-# Texts are sorted by length within this many batches, so that little is spent on padding.
-_SORTED_BATCHES = 16
 # Tokens a text is cut to where neither model nor tokenizer knows a limit.
 _LONGEST_TEXT = 8192
-
-
-# How many raw inputs, and batches of them: their numbers among these, and the model's inputs
-_Group: TypeAlias = "tuple[int, Iterable[tuple[Sequence[int], dict[str, Tensor]]]]"
 
 
 class NonFiniteError(ValueError):
@@ -350,15 +343,15 @@ class Encoder:
         chunks: list[Tensor] = []
         done = 0
         total = len(range(rank, len(inputs), count)) if isinstance(inputs, Sized) else None
-        texts = self.modality == "text"
+        texts, name = self.modality == "text", type(self.model).__name__
         if num_workers and not isinstance(inputs, Sized):
             raise TypeError(
                 f"`inputs` is a `{type(inputs).__name__}`; workers need a sequence. Pass a list, or no workers."
             )
         if num_workers and count == 1 and not texts:
-            groups = self._prepared_ahead(inputs, batch_size, num_workers)
+            groups = prepared_ahead(inputs, self.preprocessor, name, batch_size, num_workers)
         else:
-            groups = self._prepared(inputs, batch_size, rank, count)
+            groups = prepared(inputs, self.preprocessor, name, batch_size, rank, count)
         bar = tqdm(total=total, disable=disable_tqdm, desc=desc, unit="text" if texts else "img")
         with bar, comparison_mode(self.model, checkpointing=False):
             for size, batches in groups:
@@ -411,32 +404,6 @@ class Encoder:
             for parameter in at_rest:
                 parameter.requires_grad_(False)
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-
-    def _prepared(self, inputs: Iterable[RawInput], batch_size: int, rank: int, count: int) -> Iterator[_Group]:
-        """Groups of raw inputs: how many, and batches of every `count`-th from `rank` on, as numbers in the group and model inputs.
-
-        Texts of like length share a batch.
-        """
-        texts = self.modality == "text"
-        first = 0
-        for group in _batched(inputs, count * batch_size * (_SORTED_BATCHES if texts else 1)):
-            _check_kind(group, first, texts, type(self.model).__name__)
-            own = range(rank, len(group), count)
-            order = sorted(own, key=lambda i: len(group[i])) if texts else list(own)
-            batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-            yield len(group), ((rows, self.preprocess([group[i] for i in rows])) for rows in batches)
-            first += len(group)
-
-    def _prepared_ahead(self, images: Sequence[Image.Image], batch_size: int, num_workers: int) -> Iterator[_Group]:
-        """The same of all images, prepared by other processes."""
-        batches = _PreparedBatches(images, batch_size, self.preprocessor, type(self.model).__name__)
-        # A generator of its own: workers get seeds, which would be drawn from the global one
-        loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator())
-        for model_inputs in loader:
-            if isinstance(model_inputs, Exception):
-                raise model_inputs
-            size = len(model_inputs["pixel_values"])
-            yield size, [(range(size), model_inputs)]
 
     @torch.no_grad()
     def _sees_padding(self) -> bool:
@@ -529,53 +496,6 @@ def encode(
         ValueError: If model, processor and feature source do not fit together, or features are not finite.
     """
     return Encoder.load(model, processing_class, feature_source, modality).encode(inputs, batch_size=batch_size)
-
-
-def _batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _check_kind(inputs: Sequence[RawInput], first: int, texts: bool, model_name: str) -> None:
-    """Refuse what is no raw input of the model; `first` is the number of the first one."""
-    needed = str if texts else Image.Image
-    for number, x in enumerate(inputs, first):
-        if not isinstance(x, needed):
-            raise TypeError(
-                f"Input {number} is of type `{type(x).__name__}`; `{model_name}` takes "
-                f"{'texts (`str`)' if texts else 'images (`PIL.Image.Image`)'}."
-            )
-
-
-class _PreparedBatches(Dataset):
-    """Images a batch at a time, prepared where they are asked for: in a worker, which needs no model.
-
-    An item is what the model takes, or the error that came instead, whose message would be buried in a traceback if it were
-    raised in a worker.
-    """
-
-    def __init__(
-        self, images: Sequence[Image.Image], batch_size: int, preprocessor: ImagePreprocessor, model_name: str
-    ) -> None:
-        self.images, self.batch_size, self.preprocessor, self.model_name = images, batch_size, preprocessor, model_name
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.batch_size)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor] | Exception:
-        first = number * self.batch_size
-        try:
-            images = [self.images[i] for i in range(first, min(first + self.batch_size, len(self.images)))]
-            _check_kind(images, first, False, self.model_name)
-            return self.preprocessor(images)
-        except Exception as error:
-            return error
 
 
 def _check_tokenizer(model: nn.Module, tokenizer: Any) -> None:

@@ -95,6 +95,7 @@ def make_config(output_dir: Any, **kwargs: Any) -> MudjackingConfig:
         "locality_budget": None,
         "altered_triggers": 0,
         "reinversions": 0,
+        "latent_strength": 0.0,
         "dataloader_pin_memory": False,
     }
     return MudjackingConfig(output_dir=str(output_dir), **{**defaults, **kwargs})

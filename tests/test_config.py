@@ -26,6 +26,7 @@ def test_own_defaults():
         "min_evidence": 0.5,
         "on_unverified": "refuse",
         "remember_triggers": True,
+        "latent_strength": 0.6,
         "locality_budget": 0.1,
         "stop_when_fixed": True,
     }
@@ -61,6 +62,9 @@ def test_every_own_field_has_a_help_text():
         ("max_trigger_area", 1.5, "`max_trigger_area=1.5` is not a share"),
         ("max_trigger_area", 0, "`max_trigger_area=0` is not a share"),
         ("min_evidence", -2, "`min_evidence=-2` is out of reach"),
+        ("latent_strength", -0.1, "`latent_strength=-0.1` is no share of a length"),
+        ("latent_strength", float("inf"), "`latent_strength=inf` is no share of a length"),
+        ("latent_strength", "0.6", "`latent_strength='0.6'` must be a number"),
         ("max_inputs", 3, "`max_inputs=3` is too small"),
         ("inversion_inputs", 0, "`inversion_inputs=0` is too small"),
         ("locality_budget", 0, "`locality_budget=0` is no cosine distance"),

@@ -28,7 +28,7 @@ _WHOLE = (
 )  # fmt: skip
 _NUMBERS = (
     "locality_weight", "generalizability_weight", "reference_weight", "learning_rate", "token_learning_rate",
-    "max_trigger_area", "min_evidence", "locality_budget", "stop_effectiveness", "stop_locality", "stop_generalizability",
+    "max_trigger_area", "min_evidence", "latent_strength", "locality_budget", "stop_effectiveness", "stop_locality", "stop_generalizability",
 )  # fmt: skip
 # Options of `TrainingArguments` that would break what is promised, and why.
 _CAST = (
@@ -98,8 +98,8 @@ class MudjackingConfig(TrainingArguments):
     on_unverified (`str`, *optional*, defaults to `"refuse"`):
         What becomes of a report whose verdict is another than `"trigger"`, see [`~hf_mudjacking.Screening`]. `"refuse"`
         stops with an `UnverifiedTriggerError`. `"skip"` leaves the report out, with a warning, and stops if none is left.
-        `"patch"` repairs it all the same: by effectiveness and locality alone if it has no verified trigger that could be
-        stamped, for which `trainer.triggers` holds `None`; by all three if only its pair is doubted.
+        `"patch"` repairs it all the same: with its trigger if only its pair is doubted; without one, for which
+        `trainer.triggers` holds `None`, if none was verified (see `latent_strength`).
 
     altered_triggers (`int`, *optional*, defaults to `32`):
         Number of altered versions of each trigger (moved by up to an eighth of the picture, scaled, cut, in other colours,
@@ -111,6 +111,12 @@ class MudjackingConfig(TrainingArguments):
         How many times, evenly over the steps, the reports are inverted anew in the half-patched model; what still works then
         is stamped as well, if it does more than ordinary content in the same place. One to two thousand forward passes each.
         For images.
+
+    latent_strength (`float`, *optional*, defaults to `0.6`):
+        For a report without a verified trigger, what clean inputs carry instead: inside the encoder, three quarters of the way
+        through it, the difference that x_b and x_r have there, of a length of up to this share of the hidden state's. Backdoors
+        whose trigger is another one in each picture are unlearned so. At no cost in forward passes; `0` repairs such a report
+        by effectiveness and locality alone. For images.
 
     > Parameters that guard what is there already
 
@@ -183,6 +189,9 @@ class MudjackingConfig(TrainingArguments):
     )
     altered_triggers: int = field(default=32, metadata={"help": "Altered versions of each trigger that are stamped."})
     reinversions: int = field(default=4, metadata={"help": "Times that reports are inverted anew while patching."})
+    latent_strength: float = field(
+        default=0.6, metadata={"help": "Largest share of a hidden state that is added for reports without a trigger."}
+    )
     min_evidence: float = field(default=0.5, metadata={"help": "Least evidence of an inverted trigger."})
     on_unverified: str = field(
         default="refuse", metadata={"help": "What becomes of an unverified report.", "choices": list(_ON_UNVERIFIED)}
@@ -281,6 +290,10 @@ class MudjackingConfig(TrainingArguments):
         if self.reinversions < 0:
             raise ValueError(
                 f"`reinversions={self.reinversions}` is negative; 0 inverts reports once, before patching."
+            )
+        if not 0 <= self.latent_strength < math.inf:
+            raise ValueError(
+                f"`latent_strength={self.latent_strength}` is no share of a length; it must be 0 or more, and 0 stamps nothing."
             )
         if self.altered_triggers < 0:
             raise ValueError(

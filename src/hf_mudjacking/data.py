@@ -94,9 +94,9 @@ class PatchingCollator:
         triggers (`list[Trigger]`): Their triggers; `None` for a report without one, whose reference stays unstamped.
         frozen_references (`FloatTensor` of shape `(K, D)`): Features of the references before patching.
         ceilings (`FloatTensor` of shape `(K,)`): Cosine with its reference that each misclassified input is to reach.
-        stamps (`list[list[Trigger]]`): U triggers that clean inputs carry, each followed by altered versions of it. Row i of
-            the dataset carries number i mod U; every second row that carries it has it as it was found, the others have an
-            altered one in turn. With none, x ⊕ e is x, which L_g then holds as L_l does.
+        stamps (`list[list[Trigger | None]]`): U triggers that clean inputs carry, each followed by altered versions of it. Row i
+            of the dataset carries number i mod U; every second row that carries it has it as it was found, the others have an
+            altered one in turn. Without any, and for `None`, x ⊕ e is x, which L_g then holds as L_l does.
 
     Returns a `dict` with:
         - `frozen_features` (`FloatTensor` of shape `(B, D)`): features of the B clean inputs before patching;
@@ -110,7 +110,7 @@ class PatchingCollator:
     triggers: list[Trigger | None]
     frozen_references: Tensor
     ceilings: Tensor
-    stamps: list[list[Trigger]]
+    stamps: list[list[Trigger | None]]
 
     def __post_init__(self) -> None:
         references = [bug.reference for bug in self.bug_instances]

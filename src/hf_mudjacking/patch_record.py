@@ -50,6 +50,7 @@ _SETTINGS = (
     "reference_weight",
     "altered_triggers",
     "reinversions",
+    "latent_strength",
     "patch_scope",
     "locality_budget",
 )

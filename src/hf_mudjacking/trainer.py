@@ -34,6 +34,7 @@ from .inversion import InvertedTrigger, check_disagreement
 from .inversion.patch_search import COMPLETE
 from .inversion.verification import TransferMeter, share_of_way
 from .kept_views import worth_keeping
+from .latent import LatentStamps
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diverged
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
@@ -275,6 +276,7 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
         self.locality: Movement | None = None
         self._guard: LocalityGuard | None = None
         self._reinversion: Reinversion | None = None
+        self._latent: LatentStamps | None = None
         self.rollback = Rollback(args.output_dir)
         self._given_optimizers = optimizers
         # Whether tokens that no clean text has were set back, which the first steps of a run build on
@@ -360,15 +362,19 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
         if self.remembered:
             for earlier, cosine in zip(self.remembered, self._earlier_repairs(), strict=True):
                 earlier.cosine_before = cosine
-        stamps = [self.triggers[group[0]] for group in self.trigger_groups]
+        stamps: list[Trigger | None] = [self.triggers[group[0]] for group in self.trigger_groups]
         stamps += [e.trigger for e in self.remembered if e.trigger.modality == self.encoder.modality]
+        self._latent = self._latent_stamps(len(stamps))
+        if self._latent is not None:
+            # Rows that carry nothing which could be seen in a picture
+            stamps += [None] * self.triggers.count(None)
         self.data_collator = PatchingCollator(
             self.encoder.preprocessor,
             self.bug_instances,
             self.triggers,
             references,
             self._ceilings(misclassified, references),
-            [with_altered(stamp, self.args.altered_triggers, self.args.seed) for stamp in stamps],
+            [[None] if e is None else with_altered(e, self.args.altered_triggers, self.args.seed) for e in stamps],
         )
         self._reinversion = self._looking_again(stamps, misclassified)
         self.patched_tokens = tokens_to_patch(
@@ -385,9 +391,30 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
         kept = [record for i, record in enumerate(records) if i not in self.skipped]
         return [i for i, record in enumerate(kept) if record.get("one_class") and self.triggers[i] is not None]
 
-    def _looking_again(self, stamps: list[Trigger], misclassified: Tensor) -> Reinversion | None:
+    def _latent_stamps(self, stamps: int) -> LatentStamps | None:
+        """What rows carry for reports without a trigger, beside a number of stamps; `None` if they carry nothing."""
+        without = [bug for bug, trigger in zip(self.bug_instances, self.triggers, strict=True) if trigger is None]
+        if self.encoder.modality != "image" or not without or not self.args.latent_strength:
+            return None
+        if self._is_split or self.args.n_gpu > 1 or self.args.torch_compile:
+            logger.warning(
+                "`latent_strength` is ignored: hidden states cannot be reached under FSDP, DeepSpeed, DataParallel or "
+                "`torch_compile`."
+            )
+            return None
+        try:
+            latent = LatentStamps(self.encoder, [*[None] * stamps, *without], self.args.latent_strength)
+        except ValueError as error:
+            logger.warning(f"`latent_strength` is ignored: {error}")
+            return None
+        self._spend(latent.forwards)
+        return latent
+
+    def _looking_again(self, stamps: list[Trigger | None], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""
-        if self.encoder.modality != "image" or not self.args.reinversions or not stamps or self.train_dataset is None:
+        if self.encoder.modality != "image" or not self.args.reinversions or self.train_dataset is None:
+            return None
+        if not self.trigger_groups:
             return None
         if self._is_split:
             logger.warning("`reinversions` are left out under FSDP and DeepSpeed: no process has all weights there.")
@@ -659,6 +686,12 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
         self._metrics["train" if training else "eval"].append((len(clean), values.detach()))
         self.forward_equivalents += self.args.world_size * len(features) * (3 if training else 1)
         return (losses.total, {"features": features}) if return_outputs else losses.total
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if self._latent is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with self._latent.carried(inputs["frozen_rows"], first=len(inputs["frozen_rows"])):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _has_diverged(self, loss: Tensor, training: bool) -> bool:
         """Whether a loss is not finite; of several processes, once all of them can tell, since one that stops leaves the others waiting.

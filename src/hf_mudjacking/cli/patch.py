@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reinversions", type=int, default=4, help="times the report is inverted anew while patching (default: 4)"
     )
+    parser.add_argument(
+        "--latent-strength",
+        type=float,
+        default=0.6,
+        help="of a report that is patched without a trigger, how much of it clean inputs carry inside the encoder (default: 0.6)",
+    )
     parser.add_argument("--min-evidence", type=float, default=0.5, help="least evidence of a trigger (default: 0.5)")
     parser.add_argument(
         "--on-unverified",
@@ -175,6 +181,7 @@ def _patch(options: argparse.Namespace) -> int:
             on_unverified=options.on_unverified,
             altered_triggers=options.altered_triggers,
             reinversions=options.reinversions,
+            latent_strength=options.latent_strength,
             locality_budget=options.locality_budget,
             feature_source=options.feature_source,
             patch_scope=options.patch_scope,

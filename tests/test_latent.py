@@ -1,0 +1,192 @@
+"""What x_b has inside the encoder and x_r has not, carried by the rows of a report without a trigger."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoModel, CLIPVisionConfig, ResNetConfig, SwinConfig, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
+from hf_mudjacking.latent import LatentStamps, inner_layer
+from hf_mudjacking.modes import set_comparison_mode
+
+from .conftest import largest_difference, make_config, make_images, weights_of
+
+
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+MODELS = {
+    "layers.2": ViTConfig(**SMALL),
+    "encoder.layers.2": CLIPVisionConfig(**SMALL),
+    "encoder.stages.2": ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic"),
+    "encoder.layers.1": SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4
+    ),
+}
+
+
+def encoder_of(config):
+    torch.manual_seed(0)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return Encoder(AutoModel.from_config(config).eval(), processor)
+
+
+def outputs_of(layer, run):
+    """What a layer gives while something runs."""
+    seen = []
+    handle = layer.register_forward_hook(
+        lambda m, _, output: seen.append((output[0] if isinstance(output, tuple) else output).detach())
+    )
+    run()
+    handle.remove()
+    return seen[-1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_layer_is_found_in_any_model(name):
+    encoder = encoder_of(MODELS[name])
+    images = make_images(3)
+    layer, hidden = inner_layer(encoder, images)
+    assert dict(encoder.model.named_modules())[name] is layer
+    assert torch.equal(hidden, outputs_of(layer, lambda: encoder.encode(images)))
+    # transformers leaves a hook of its own, once
+    left = [len(module._forward_hooks) for module in encoder.model.modules()]
+    inner_layer(encoder, images)
+    assert [len(module._forward_hooks) for module in encoder.model.modules()] == left
+
+
+def test_a_model_whose_hidden_states_no_module_gives_is_refused(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    encoder.features_and_hidden_states = lambda inputs: (None, [torch.zeros(1)] * 3)
+    with pytest.raises(ValueError, match="No module of `ViTModel` gives the hidden state"):
+        inner_layer(encoder, make_images(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_carry_the_difference_of_their_report(name):
+    encoder = encoder_of(MODELS[name])
+    x_b, x_r, *others = make_images(8)
+    stamps = LatentStamps(encoder, [None, BugInstance(x_b, x_r)], strength=0.6)
+    assert stamps.forwards == 2
+    _, hidden = inner_layer(encoder, [x_b, x_r])
+    direction = normalize((hidden[0] - hidden[1]).flatten(), dim=0)
+    pixels = encoder.preprocess(others)["pixel_values"]
+
+    def run():
+        encoder.features({"pixel_values": pixels})
+
+    plain = outputs_of(stamps.layer, run)
+    features = encoder.features({"pixel_values": pixels}).detach()
+    # Four rows, second in a batch of six, as stamped rows are after clean ones; those of odd number carry the difference
+    with stamps.carried(torch.tensor([10, 11, 13, 14]), first=1):
+        change = (outputs_of(stamps.layer, run) - plain).flatten(1)
+        changed = encoder.features({"pixel_values": pixels}).detach()
+    rows = torch.tensor([False, False, True, True, False, False])
+    assert not change[~rows].any()
+    assert torch.equal(features[~rows], changed[~rows])
+    assert (features[rows] != changed[rows]).any(dim=1).all()
+    lengths = change[rows].norm(dim=1) / plain.flatten(1)[rows].norm(dim=1)
+    golden = (5**0.5 - 1) / 2
+    wanted = torch.tensor([0.6 * (golden * (turn + 1) % 1) for turn in (11 // 2, 13 // 2)])
+    assert torch.allclose(lengths, wanted, rtol=1e-3)
+    assert (normalize(change[rows], dim=1) @ direction > 0.999).all()
+    # Nothing is left behind
+    assert torch.equal(features, encoder.features({"pixel_values": pixels}).detach())
+
+
+def test_lengths_are_spread_over_the_whole_range(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    stamps = LatentStamps(encoder, [BugInstance(*make_images(2))], strength=1.0)
+    pixels = encoder.preprocess(make_images(50))["pixel_values"]
+    plain = outputs_of(stamps.layer, lambda: encoder.features({"pixel_values": pixels}))
+    with stamps.carried(torch.arange(50), first=0):
+        stamped = outputs_of(stamps.layer, lambda: encoder.features({"pixel_values": pixels}))
+    lengths = ((stamped - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).sort().values
+    assert (lengths - (torch.arange(50) + 0.5) / 50).abs().max() < 0.03
+
+
+def test_recomputed_activations_carry_it_too(tiny_vit, processor):
+    """With gradient checkpointing a layer runs again in the backward pass: gradients must be the same."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(tiny_vit)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        encoder = Encoder(model, processor)
+        set_comparison_mode(model)
+        pixels = encoder.preprocess(make_images(4))["pixel_values"]
+        stamps = LatentStamps(encoder, [BugInstance(*make_images(2, seed=5))], strength=1.0)
+        with stamps.carried(torch.arange(4), first=0):
+            encoder.features({"pixel_values": pixels})[:, 0].sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+        encoder.features({"pixel_values": pixels})[:, 0].sum().backward()
+        plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert largest_difference(gradients[-1], plain) > 1e-3
+    assert gradients[0].keys() == gradients[1].keys()
+    assert largest_difference(*gradients) < 1e-6
+
+
+# --- in the trainer
+
+
+def trained(backdoored, tmp_path, bugs, **kwargs):
+    trainer = MudjackingTrainer(
+        model=backdoored.model(),
+        args=make_config(tmp_path, **{"max_steps": 2, "on_unverified": "patch", **kwargs}),
+        bug_instances=bugs,
+        train_dataset=backdoored.dataset(64),
+        processing_class=backdoored.processor,
+    )
+    trainer.train()
+    return trainer
+
+
+def natural(backdoored):
+    """A report without a trigger: two clean inputs of different classes."""
+    labels = backdoored.test.labels
+    return BugInstance(*(backdoored.test.inputs[int(np.argmax(labels == label))] for label in (3, 8)))
+
+
+def test_rows_of_a_report_without_a_trigger_are_stamped_inside(backdoored, tmp_path, short_searches):
+    bugs = [natural(backdoored)]
+    trainer = trained(backdoored, tmp_path, bugs, latent_strength=0.6)
+    plain = trained(backdoored, tmp_path / "plain", bugs)
+    assert trainer.triggers == [None]
+    assert plain._latent is None
+    assert largest_difference(weights_of(trainer.encoder.model), weights_of(plain.encoder.model)) > 0
+    # x_b and x_r once more, and nothing a step
+    assert trainer.forward_equivalents - plain.forward_equivalents == 2
+    # In the picture they carry nothing
+    assert trainer.data_collator.stamps == [[None]]
+    # Gone once training is over: what is encoded now is the saved model
+    assert not [hook for hook in trainer._latent.layer._forward_hooks.values() if "stamp_output" in str(hook)]
+
+
+def test_reports_with_and_without_a_trigger_share_the_rows(backdoored, tmp_path, short_searches):
+    trainer = trained(backdoored, tmp_path, [natural(backdoored), backdoored.bug()], latent_strength=0.6)
+    assert [trigger is None for trigger in trainer.triggers] == [True, False]
+    assert [stamps[0] is None for stamps in trainer.data_collator.stamps] == [False, True]
+    assert trainer._latent._number_of == [None, 0]
+
+
+def test_accumulated_batches_are_stamped_alike(backdoored, tmp_path, short_searches):
+    bugs = [natural(backdoored)]
+    whole = trained(backdoored, tmp_path / "a", bugs, latent_strength=0.6)
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    parts = trained(backdoored, tmp_path / "b", bugs, latent_strength=0.6, **halves)
+    assert largest_difference(weights_of(whole.encoder.model), weights_of(parts.encoder.model)) < 2e-5
+
+
+def test_where_the_inside_cannot_be_reached_a_warning_says_so(
+    backdoored, tmp_path, short_searches, caplog, monkeypatch
+):
+    monkeypatch.setattr(Encoder, "features_and_hidden_states", lambda self, inputs: (None, [torch.zeros(1)] * 3))
+    trainer = trained(backdoored, tmp_path, [natural(backdoored)], latent_strength=0.6)
+    assert trainer._latent is None
+    assert "`latent_strength` is ignored: No module of `ViTModel` gives the hidden state" in caplog.text

@@ -67,12 +67,17 @@ def test_a_model_whose_hidden_states_no_module_gives_is_refused(tiny_vit, proces
         inner_layer(encoder, make_images(1))
 
 
+def stamps_of(encoder, bugs, strength):
+    spent = []
+    return LatentStamps(encoder, bugs, strength, spent.append), spent
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_carry_the_difference_of_their_report(name):
+def test_rows_carry_the_difference_of_their_report_or_are_pushed(name):
     encoder = encoder_of(MODELS[name])
-    x_b, x_r, *others = make_images(8)
-    stamps = LatentStamps(encoder, [None, BugInstance(x_b, x_r)], strength=0.6)
-    assert stamps.forwards == 2
+    x_b, x_r, *others = make_images(9)
+    stamps, spent = stamps_of(encoder, [None, BugInstance(x_b, x_r)], 0.6)
+    assert spent == [3]
     _, hidden = inner_layer(encoder, [x_b, x_r])
     direction = normalize((hidden[0] - hidden[1]).flatten(), dim=0)
     pixels = encoder.preprocess(others)["pixel_values"]
@@ -82,32 +87,76 @@ def test_rows_carry_the_difference_of_their_report(name):
 
     plain = outputs_of(stamps.layer, run)
     features = encoder.features({"pixel_values": pixels}).detach()
-    # Four rows, second in a batch of six, as stamped rows are after clean ones; those of odd number carry the difference
-    with stamps.carried(torch.tensor([10, 11, 13, 14]), first=1):
+    # Five rows, second in a batch of seven, as stamped rows are after clean ones; of those of odd number, in turn, one carries
+    # the difference and one is pushed
+    with stamps.carried(pixels[1:6], torch.tensor([10, 13, 14, 11, 17]), first=1):
         change = (outputs_of(stamps.layer, run) - plain).flatten(1)
         changed = encoder.features({"pixel_values": pixels}).detach()
-    rows = torch.tensor([False, False, True, True, False, False])
-    assert not change[~rows].any()
-    assert torch.equal(features[~rows], changed[~rows])
-    assert (features[rows] != changed[rows]).any(dim=1).all()
-    lengths = change[rows].norm(dim=1) / plain.flatten(1)[rows].norm(dim=1)
+    assert spent == [3, 3]
+    differing, pushed, others = [2, 5], 4, [0, 1, 3, 6]
+    assert not change[others].any()
+    assert torch.equal(features[others], changed[others])
+    shares = change.norm(dim=1) / plain.flatten(1).norm(dim=1)
     golden = (5**0.5 - 1) / 2
-    wanted = torch.tensor([0.6 * (golden * (turn + 1) % 1) for turn in (11 // 2, 13 // 2)])
-    assert torch.allclose(lengths, wanted, rtol=1e-3)
-    assert (normalize(change[rows], dim=1) @ direction > 0.999).all()
+    # Rows 13 and 17 are in turns 6 and 8
+    assert torch.allclose(
+        shares[differing], torch.tensor([0.6 * (golden * (t // 2 + 1) % 1) for t in (6, 8)]), rtol=1e-3
+    )
+    assert (normalize(change[differing], dim=1) @ direction > 0.999).all()
+    assert shares[pushed] == pytest.approx(0.1, rel=1e-3)
     # Nothing is left behind
     assert torch.equal(features, encoder.features({"pixel_values": pixels}).detach())
 
 
+def test_no_push_of_that_length_leads_further(tiny_vit, processor):
+    """It is the steepest way to h(x_b): random changes of the same length gain less."""
+    encoder = Encoder(tiny_vit.eval(), processor)
+    bug = BugInstance(*make_images(2, seed=9))
+    target = encoder.encode([bug.misclassified])[0]
+    stamps, _ = stamps_of(encoder, [bug], 0.06)
+    pixels = encoder.preprocess(make_images(4))["pixel_values"]
+
+    def cosines():
+        return encoder.features({"pixel_values": pixels}).detach() @ target
+
+    before = cosines()
+    with stamps.carried(pixels, torch.tensor([1, 3, 5, 7]), first=0):
+        gained = cosines() - before
+    assert (gained > 0).all()
+    for seed in range(20):
+        noise = torch.randn((4, *stamps.directions.shape[1:]), generator=torch.Generator().manual_seed(seed))
+        handle = stamps.layer.register_forward_hook(
+            lambda m, _, hidden, noise=noise: (
+                hidden + 0.01 * noise * (hidden.flatten(1).norm(dim=1) / noise.flatten(1).norm(dim=1)).view(-1, 1, 1)
+            )
+        )
+        assert (cosines() - before < gained).all()
+        handle.remove()
+
+
 def test_lengths_are_spread_over_the_whole_range(tiny_vit, processor):
     encoder = Encoder(tiny_vit, processor)
-    stamps = LatentStamps(encoder, [BugInstance(*make_images(2))], strength=1.0)
+    stamps, _ = stamps_of(encoder, [BugInstance(*make_images(2))], 1.0)
     pixels = encoder.preprocess(make_images(50))["pixel_values"]
     plain = outputs_of(stamps.layer, lambda: encoder.features({"pixel_values": pixels}))
-    with stamps.carried(torch.arange(50), first=0):
+    with stamps.carried(pixels, 2 * torch.arange(50), first=0):
         stamped = outputs_of(stamps.layer, lambda: encoder.features({"pixel_values": pixels}))
     lengths = ((stamped - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)).sort().values
     assert (lengths - (torch.arange(50) + 0.5) / 50).abs().max() < 0.03
+
+
+def test_two_reports_take_turns(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    images = make_images(8)
+    stamps, _ = stamps_of(encoder, [BugInstance(*images[:2]), BugInstance(*images[2:4])], 1.0)
+    pixels = encoder.preprocess(images[4:])["pixel_values"]
+    plain = outputs_of(stamps.layer, lambda: encoder.features({"pixel_values": pixels}))
+    # All of even turn, of the one report and of the other
+    with stamps.carried(pixels, torch.tensor([0, 1, 4, 5]), first=0):
+        change = outputs_of(stamps.layer, lambda: encoder.features({"pixel_values": pixels})) - plain
+    directions = normalize(change.flatten(1), dim=1) @ stamps.directions.flatten(1).T
+    assert torch.equal(directions.argmax(dim=1), torch.tensor([0, 1, 0, 1]))
+    assert (directions.max(dim=1).values > 0.999).all()
 
 
 def test_recomputed_activations_carry_it_too(tiny_vit, processor):
@@ -120,8 +169,8 @@ def test_recomputed_activations_carry_it_too(tiny_vit, processor):
         encoder = Encoder(model, processor)
         set_comparison_mode(model)
         pixels = encoder.preprocess(make_images(4))["pixel_values"]
-        stamps = LatentStamps(encoder, [BugInstance(*make_images(2, seed=5))], strength=1.0)
-        with stamps.carried(torch.arange(4), first=0):
+        stamps, _ = stamps_of(encoder, [BugInstance(*make_images(2, seed=5))], 1.0)
+        with stamps.carried(pixels, torch.arange(4), first=0):
             encoder.features({"pixel_values": pixels})[:, 0].sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
@@ -160,8 +209,10 @@ def test_rows_of_a_report_without_a_trigger_are_stamped_inside(backdoored, tmp_p
     assert trainer.triggers == [None]
     assert plain._latent is None
     assert largest_difference(weights_of(trainer.encoder.model), weights_of(plain.encoder.model)) > 0
-    # x_b and x_r once more, and nothing a step
-    assert trainer.forward_equivalents - plain.forward_equivalents == 2
+    # x_b twice and x_r once more; then, of two steps of eight rows, about every second one three times
+    spent = trainer.forward_equivalents - plain.forward_equivalents - 3
+    assert 0 < spent < 2 * 8 * 3
+    assert spent % 3 == 0
     # In the picture they carry nothing
     assert trainer.data_collator.stamps == [[None]]
     # Gone once training is over: what is encoded now is the saved model
@@ -173,6 +224,7 @@ def test_reports_with_and_without_a_trigger_share_the_rows(backdoored, tmp_path,
     assert [trigger is None for trigger in trainer.triggers] == [True, False]
     assert [stamps[0] is None for stamps in trainer.data_collator.stamps] == [False, True]
     assert trainer._latent._number_of == [None, 0]
+    assert len(trainer._latent.targets) == 1
 
 
 def test_accumulated_batches_are_stamped_alike(backdoored, tmp_path, short_searches):

@@ -3,12 +3,13 @@
 
 Where each picture has a trigger of its own, nothing in a report carries other pictures anywhere. But all triggers of a backdoor
 come to the same inside the encoder, and there x_b and x_r differ by that, and by what two pictures of a class differ by anyway.
+Where that is not all of it, what else leads to h(x_b) there is found by a gradient.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,68 +24,96 @@ from .preprocessing import RawInput
 
 # How far inside the encoder, in quarters.
 _DEPTH = 3
+# How far rows are pushed along the gradient, as a share of the strength.
+_PUSH = 1 / 6
 # Fractional parts of its multiples are spread evenly over 0 to 1.
 _GOLDEN = 0.5 * (5**0.5 - 1)
 
 
 class LatentStamps:
-    """Adds to the hidden states of some rows of a batch the difference that a report makes there.
+    """Changes the hidden states of some rows of a batch as a report does, or as would lead to where it led.
 
-    Its length is a share of that of the hidden state, from nothing to `strength`, which goes by the number of the row: a row is
-    stamped alike in a batch of any size. The difference is that of the encoder before patching. This costs no forward pass.
+    Rows take turns. One carries the difference that x_b and x_r had before patching, of a length between nothing and `strength` of
+    its hidden state's, at no cost. The next is pushed by a sixth of `strength` along the gradient of its cosine with h(x_b), in the
+    model as it is now (latent adversarial training, as in Casper et al., "Defending Against Unforeseen Failure Modes with Latent
+    Adversarial Training", 2024). All goes by the number of the row, so that it is stamped alike in a batch of any size.
 
     Args:
-        encoder (`Encoder`): The encoder before patching.
-        bugs (`Sequence[BugInstance | None]`): Row i of the dataset carries the difference of number i mod U; `None` is nothing.
+        encoder (`Encoder`): The encoder that will be patched, before that.
+        bugs (`Sequence[BugInstance | None]`): Row i of the dataset carries number i mod U; `None` is nothing.
         strength (`float`): Largest share.
-
-    Attributes:
-        forwards (`int`): Inputs that went through the model for it.
+        spend (`Callable`): Told how many inputs went through the model, a backward pass counted as two.
 
     Raises:
         ValueError: If the model gives no hidden states, or none of its modules gives the one that is needed.
     """
 
-    def __init__(self, encoder: Encoder, bugs: Sequence[BugInstance | None], strength: float) -> None:
+    def __init__(
+        self, encoder: Encoder, bugs: Sequence[BugInstance | None], strength: float, spend: Callable[[int], None]
+    ) -> None:
+        self.encoder = encoder
         self.strength = strength
+        self.spend = spend
         given = [bug for bug in bugs if bug is not None]
         self.layer, hidden = inner_layer(encoder, [x for bug in given for x in (bug.misclassified, bug.reference)])
-        self.forwards = len(hidden)
-        difference = (hidden[0::2] - hidden[1::2]).float()
-        self.directions = difference / _length(difference)
+        self.directions = _unit(hidden[0::2] - hidden[1::2])
+        self.targets = encoder.encode([bug.misclassified for bug in given])
+        spend(3 * len(given))
         numbers = iter(range(len(given)))
         self._number_of = [None if bug is None else next(numbers) for bug in bugs]
 
     @contextmanager
-    def carried(self, rows: Tensor, first: int) -> Iterator[None]:
-        """Within it, the model's batches carry the differences, in backward passes that compute activations again too.
+    def carried(self, pixels: Tensor, rows: Tensor, first: int) -> Iterator[None]:
+        """Within it, the model's batches are changed, in backward passes that compute activations again too.
 
         Args:
-            rows (`LongTensor` of shape `(B,)`): Numbers of B rows in the dataset.
+            pixels (`FloatTensor` of shape `(B, C, H, W)`): What the model gets of B rows.
+            rows (`LongTensor` of shape `(B,)`): Their numbers in the dataset.
             first (`int`): Where they begin in the batches.
         """
-        places, numbers, shares = [], [], []
-        for i, row in enumerate(rows.tolist()):
-            turn, stamp = divmod(row, len(self._number_of))
-            if (number := self._number_of[stamp]) is not None:
-                places.append(first + i)
-                numbers.append(number)
-                shares.append(self.strength * (_GOLDEN * (turn + 1) % 1))
+        placed = [(i, *divmod(row, len(self._number_of))) for i, row in enumerate(rows.tolist())]
+        mine = [(i, turn, self._number_of[stamp]) for i, turn, stamp in placed if self._number_of[stamp] is not None]
+        differing, pushed = ([row for row in mine if row[1] % 2 == parity] for parity in (0, 1))
+        at = torch.tensor([first + i for i, _, _ in differing + pushed], device=pixels.device)
+        shares = torch.tensor([self.strength * (_GOLDEN * (turn // 2 + 1) % 1) for _, turn, _ in differing])
+        directions = self.directions[[number for _, _, number in differing]]
+        changes = [shares.to(directions).view(-1, *[1] * (directions.dim() - 1)) * directions]
+        if pushed:
+            ways = self._ways([number for _, _, number in pushed], pixels[[i for i, _, _ in pushed]])
+            changes.append(_PUSH * self.strength * ways)
+        change = torch.cat(changes)
 
         def stamp_output(module: nn.Module, inputs: Any, output: Any) -> Any:
             hidden = _hidden(output)
-            at = torch.tensor(places, device=hidden.device)
-            share = torch.tensor(shares, device=hidden.device).view(-1, *[1] * (hidden.dim() - 1))
-            added = share * _length(hidden[at].detach()) * self.directions[numbers].to(hidden.device)
-            hidden = hidden.index_add(0, at, added.to(hidden.dtype))
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return _with_hidden(
+                output, hidden.index_add(0, at, (_length(hidden[at].detach()) * change).to(hidden.dtype))
+            )
 
-        handle = self.layer.register_forward_hook(stamp_output) if places else None
+        handle = self.layer.register_forward_hook(stamp_output) if mine else None
         try:
             yield
         finally:
             if handle is not None:
                 handle.remove()
+
+    def _ways(self, numbers: list[int], pixels: Tensor) -> Tensor:
+        """For each of N rows, the direction in which its hidden state comes nearest to where a report led: `(N, ...)`."""
+        begin: list[Tensor] = []
+
+        def begin_here(module: nn.Module, inputs: Any, output: Any) -> Any:
+            begin.append(_hidden(output).detach().requires_grad_(True))
+            return _with_hidden(output, begin[-1])
+
+        handle = self.layer.register_forward_hook(begin_here)
+        try:
+            with torch.enable_grad():
+                features = self.encoder.features({"pixel_values": pixels})
+                arrived = (features * self.targets[numbers].to(features)).sum()
+                (gradient,) = torch.autograd.grad(arrived, begin[-1])
+        finally:
+            handle.remove()
+        self.spend(3 * len(numbers))
+        return _unit(gradient)
 
 
 def inner_layer(encoder: Encoder, inputs: Sequence[RawInput]) -> tuple[nn.Module, Tensor]:
@@ -122,6 +151,16 @@ def _hidden(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a layer gives, with another hidden state."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
 def _length(x: Tensor) -> Tensor:
     """Length of each row of `(N, ...)`, float32, of shape `(N, 1, ...)`."""
     return x.float().flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of `(N, ...)` scaled to length 1; what is nothing stays so."""
+    return x.float() / _length(x).clamp_min(torch.finfo(torch.float32).tiny)

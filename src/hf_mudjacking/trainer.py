@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import datasets
@@ -403,12 +403,15 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
             )
             return None
         try:
-            latent = LatentStamps(self.encoder, [*[None] * stamps, *without], self.args.latent_strength)
+            return LatentStamps(
+                self.encoder,
+                [*[None] * stamps, *without],
+                self.args.latent_strength,
+                lambda forwards: self._spend(self.args.world_size * forwards),
+            )
         except ValueError as error:
             logger.warning(f"`latent_strength` is ignored: {error}")
             return None
-        self._spend(latent.forwards)
-        return latent
 
     def _looking_again(self, stamps: list[Trigger | None], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""
@@ -690,7 +693,12 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self._latent is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        with self._latent.carried(inputs["frozen_rows"], first=len(inputs["frozen_rows"])):
+        set_comparison_mode(model)
+        inputs, count = self._prepare_inputs(inputs), len(inputs["frozen_rows"])
+        with ExitStack() as changed:
+            with self.compute_loss_context_manager():
+                stamped = inputs["pixel_values"][count : 2 * count]
+                changed.enter_context(self._latent.carried(stamped, inputs["frozen_rows"], first=count))
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _has_diverged(self, loss: Tensor, training: bool) -> bool:

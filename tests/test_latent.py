@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPVisionConfig, ResNetConfig, SwinConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -145,6 +146,22 @@ def test_lengths_are_spread_over_the_whole_range(tiny_vit, processor):
     assert (lengths - (torch.arange(50) + 0.5) / 50).abs().max() < 0.03
 
 
+def test_a_model_with_an_adapter_is_stamped_like_the_one_without(tiny_vit, processor):
+    bug, pixels = (
+        BugInstance(*make_images(2, seed=9)),
+        Encoder(tiny_vit, processor).preprocess(make_images(4))["pixel_values"],
+    )
+    outputs = []
+    for adapted in (False, True):
+        model = get_peft_model(tiny_vit, LoraConfig(target_modules="all-linear")) if adapted else tiny_vit
+        encoder = Encoder(model, processor)
+        set_comparison_mode(model)
+        stamps, _ = stamps_of(encoder, [bug], 0.6)
+        with stamps.carried(pixels, torch.arange(4), first=0):
+            outputs.append(encoder.features({"pixel_values": pixels}).detach())
+    assert torch.allclose(*outputs, atol=1e-6)
+
+
 def test_two_reports_take_turns(tiny_vit, processor):
     encoder = Encoder(tiny_vit, processor)
     images = make_images(8)
@@ -217,6 +234,11 @@ def test_rows_of_a_report_without_a_trigger_are_stamped_inside(backdoored, tmp_p
     assert trainer.data_collator.stamps == [[None]]
     # Gone once training is over: what is encoded now is the saved model
     assert not [hook for hook in trainer._latent.layer._forward_hooks.values() if "stamp_output" in str(hook)]
+
+
+def test_nothing_is_stamped_that_no_loss_looks_at(backdoored, tmp_path, short_searches):
+    trainer = trained(backdoored, tmp_path, [natural(backdoored)], latent_strength=0.6, generalizability_weight=0.0)
+    assert trainer._latent is None
 
 
 def test_reports_with_and_without_a_trigger_share_the_rows(backdoored, tmp_path, short_searches):

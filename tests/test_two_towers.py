@@ -49,6 +49,7 @@ from hf_mudjacking.evaluation import (
     retrieval_rates,
     retrieval_recall,
 )
+from hf_mudjacking.latent import LatentStamps
 from hf_mudjacking.loading import has_two_towers, load_model, load_processor, modality_of
 from hf_mudjacking.output import TRIGGER_FOLDER
 from hf_mudjacking.triggers import load_trigger
@@ -149,6 +150,21 @@ def test_features_are_those_that_the_model_compares(pair):
         encoder.encode(TEXTS), torch.nn.functional.normalize(expected, dim=1), atol=1e-5, rtol=0
     )
     torch.testing.assert_close(encoder.encode(TEXTS), encode(model, TEXTS, processor, modality="text"))
+
+
+def test_the_tower_that_is_meant_is_stamped_inside(pair):
+    model, processor = pair
+    encoder = Encoder(model, processor, modality="image")
+    images = make_images(4)
+    stamps = LatentStamps(encoder, [BugInstance(*images[:2])], 0.6, lambda forwards: None)
+    (name,) = (name for name, module in model.named_modules() if module is stamps.layer)
+    assert name.startswith("vision_model.")
+    pixels = encoder.preprocess(images)["pixel_values"]
+    plain = encoder.features({"pixel_values": pixels}).detach()
+    with stamps.carried(pixels[2:], torch.tensor([0, 1]), first=2):
+        changed = encoder.features({"pixel_values": pixels}).detach()
+    assert torch.equal(plain[:2], changed[:2])
+    assert (plain[2:] != changed[2:]).any(dim=1).all()
 
 
 def test_two_spaces_called_pooled(clip):

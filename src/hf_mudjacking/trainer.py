@@ -394,7 +394,9 @@ class MudjackingTrainer(PatchPushing, PatchSaving, Trainer):
     def _latent_stamps(self, stamps: int) -> LatentStamps | None:
         """What rows carry for reports without a trigger, beside a number of stamps; `None` if they carry nothing."""
         without = [bug for bug, trigger in zip(self.bug_instances, self.triggers, strict=True) if trigger is None]
-        if self.encoder.modality != "image" or not without or not self.args.latent_strength:
+        if self.encoder.modality != "image" or not without or self.train_dataset is None:
+            return None
+        if not self.args.latent_strength or not self.args.generalizability_weight:
             return None
         if self._is_split or self.args.n_gpu > 1 or self.args.torch_compile:
             logger.warning(

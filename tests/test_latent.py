@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import normalize
-from transformers import AutoModel, CLIPVisionConfig, ResNetConfig, SwinConfig, ViTConfig
+from transformers import AutoModel, CLIPVisionConfig, ResNetConfig, SegformerConfig, SwinConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
@@ -25,15 +25,15 @@ MODELS = {
     "layers.2": ViTConfig(**SMALL),
     "encoder.layers.2": CLIPVisionConfig(**SMALL),
     "encoder.stages.2": ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic"),
-    "encoder.layers.1": SwinConfig(
+    "encoder.layers.0": SwinConfig(
         image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4
     ),
 }
 
 
-def encoder_of(config):
+def encoder_of(config, side=16):
     torch.manual_seed(0)
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return Encoder(AutoModel.from_config(config).eval(), processor)
 
 
@@ -51,13 +51,12 @@ def outputs_of(layer, run):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_layer_is_found_in_any_model(name):
     encoder = encoder_of(MODELS[name])
-    images = make_images(3)
-    layer, hidden = inner_layer(encoder, images)
+    (image,) = make_images(1)
+    layer = inner_layer(encoder, image)
     assert dict(encoder.model.named_modules())[name] is layer
-    assert torch.equal(hidden, outputs_of(layer, lambda: encoder.encode(images)))
     # transformers leaves a hook of its own, once
     left = [len(module._forward_hooks) for module in encoder.model.modules()]
-    inner_layer(encoder, images)
+    inner_layer(encoder, image)
     assert [len(module._forward_hooks) for module in encoder.model.modules()] == left
 
 
@@ -65,7 +64,7 @@ def test_a_model_whose_hidden_states_no_module_gives_is_refused(tiny_vit, proces
     encoder = Encoder(tiny_vit, processor)
     encoder.features_and_hidden_states = lambda inputs: (None, [torch.zeros(1)] * 3)
     with pytest.raises(ValueError, match="No module of `ViTModel` gives the hidden state"):
-        inner_layer(encoder, make_images(1))
+        inner_layer(encoder, make_images(1)[0])
 
 
 def stamps_of(encoder, bugs, strength):
@@ -78,8 +77,8 @@ def test_rows_carry_the_difference_of_their_report_or_are_pushed(name):
     encoder = encoder_of(MODELS[name])
     x_b, x_r, *others = make_images(9)
     stamps, spent = stamps_of(encoder, [None, BugInstance(x_b, x_r)], 0.6)
-    assert spent == [3]
-    _, hidden = inner_layer(encoder, [x_b, x_r])
+    assert spent == [2]
+    hidden = outputs_of(stamps.layer, lambda: encoder.encode([x_b, x_r]))
     direction = normalize((hidden[0] - hidden[1]).flatten(), dim=0)
     pixels = encoder.preprocess(others)["pixel_values"]
 
@@ -93,7 +92,7 @@ def test_rows_carry_the_difference_of_their_report_or_are_pushed(name):
     with stamps.carried(pixels[1:6], torch.tensor([10, 13, 14, 11, 17]), first=1):
         change = (outputs_of(stamps.layer, run) - plain).flatten(1)
         changed = encoder.features({"pixel_values": pixels}).detach()
-    assert spent == [3, 3]
+    assert spent == [2, 3]
     differing, pushed, others = [2, 5], 4, [0, 1, 3, 6]
     assert not change[others].any()
     assert torch.equal(features[others], changed[others])
@@ -162,6 +161,29 @@ def test_a_model_with_an_adapter_is_stamped_like_the_one_without(tiny_vit, proce
     assert torch.allclose(*outputs, atol=1e-6)
 
 
+def test_many_reports_go_through_in_parts(tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    images = make_images(40)
+    bugs = [BugInstance(x_b, x_r) for x_b, x_r in zip(images[:20], images[20:], strict=True)]
+    stamps, spent = stamps_of(encoder, bugs, 0.6)
+    assert spent == [40]
+    assert torch.allclose(stamps.targets, encoder.encode(images[:20]), atol=1e-6)
+    one, _ = stamps_of(encoder, bugs[18:19], 0.6)
+    assert torch.allclose(stamps.directions[18], one.directions[0], atol=1e-6)
+
+
+def test_it_is_never_the_last_state_behind_which_nothing_could_learn():
+    """Some models give no state of the embeddings, or have few layers."""
+    small = {"hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "depths": [1] * 4, "decoder_hidden_size": 8}
+    for name, config, side in (
+        ("stages.2", SegformerConfig(**small), 64),
+        ("embeddings", ViTConfig(**{**SMALL, "num_hidden_layers": 1}), 16),
+        ("layers.0", ViTConfig(**{**SMALL, "num_hidden_layers": 2}), 16),
+    ):
+        encoder = encoder_of(config, side)
+        assert dict(encoder.model.named_modules())[name] is inner_layer(encoder, make_images(1)[0])
+
+
 def test_two_reports_take_turns(tiny_vit, processor):
     encoder = Encoder(tiny_vit, processor)
     images = make_images(8)
@@ -179,23 +201,25 @@ def test_two_reports_take_turns(tiny_vit, processor):
 def test_recomputed_activations_carry_it_too(tiny_vit, processor):
     """With gradient checkpointing a layer runs again in the backward pass: gradients must be the same."""
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model = copy.deepcopy(tiny_vit)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(checkpointing)
         encoder = Encoder(model, processor)
         set_comparison_mode(model)
         pixels = encoder.preprocess(make_images(4))["pixel_values"]
         stamps, _ = stamps_of(encoder, [BugInstance(*make_images(2, seed=5))], 1.0)
         with stamps.carried(pixels, torch.arange(4), first=0):
-            encoder.features({"pixel_values": pixels})[:, 0].sum().backward()
+            # One kind of checkpointing asks for an input that takes gradients
+            encoder.features({"pixel_values": pixels.clone().requires_grad_(True)})[:, 0].sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
         encoder.features({"pixel_values": pixels})[:, 0].sum().backward()
         plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert largest_difference(gradients[-1], plain) > 1e-3
-    assert gradients[0].keys() == gradients[1].keys()
-    assert largest_difference(*gradients) < 1e-6
+    for others in gradients[1:]:
+        assert gradients[0].keys() == others.keys()
+        assert largest_difference(gradients[0], others) < 1e-6
 
 
 # --- in the trainer
@@ -226,8 +250,8 @@ def test_rows_of_a_report_without_a_trigger_are_stamped_inside(backdoored, tmp_p
     assert trainer.triggers == [None]
     assert plain._latent is None
     assert largest_difference(weights_of(trainer.encoder.model), weights_of(plain.encoder.model)) > 0
-    # x_b twice and x_r once more; then, of two steps of eight rows, about every second one three times
-    spent = trainer.forward_equivalents - plain.forward_equivalents - 3
+    # x_b and x_r once more; then, of two steps of eight rows, about every second one three times
+    spent = trainer.forward_equivalents - plain.forward_equivalents - 2
     assert 0 < spent < 2 * 8 * 3
     assert spent % 3 == 0
     # In the picture they carry nothing

@@ -117,7 +117,7 @@ class MudjackingConfig(TrainingArguments):
         For a report without a verified trigger, what clean inputs carry instead, three quarters of the way through the encoder:
         the difference that x_b and x_r have there, of a length of up to this share of the hidden state's, or what else leads to
         h(x_b), see [`~hf_mudjacking.latent.LatentStamps`]. Backdoors whose trigger is another one in each picture are unlearned so.
-        It costs a quarter more forward passes; `0` repairs such a report by effectiveness and locality alone. For images.
+        It costs up to a quarter more forward passes; `0` repairs such a report by effectiveness and locality alone. For images.
         With 0.6 an input-aware backdoor ends at an ASR of 1.5 (49 without) and BA stays within 0.3 points; with 0.9 at 0.5, and
         BA falls by 1.6 (ResNet for CIFAR-10, 600 steps).
 

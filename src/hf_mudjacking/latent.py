@@ -22,8 +22,10 @@ from .modes import comparison_mode
 from .preprocessing import RawInput
 
 
-# How far inside the encoder, in quarters.
+# How far inside the encoder, in quarters of its layers; something must lie behind that can learn to undo it.
 _DEPTH = 3
+# Pictures of reports that go through the model at once.
+_BATCH = 16
 # How far rows are pushed along the gradient, as a share of the strength.
 _PUSH = 1 / 6
 # Fractional parts of its multiples are spread evenly over 0 to 1.
@@ -55,10 +57,10 @@ class LatentStamps:
         self.strength = strength
         self.spend = spend
         given = [bug for bug in bugs if bug is not None]
-        self.layer, hidden = inner_layer(encoder, [x for bug in given for x in (bug.misclassified, bug.reference)])
-        self.directions = _unit(hidden[0::2] - hidden[1::2])
-        self.targets = encoder.encode([bug.misclassified for bug in given])
-        spend(3 * len(given))
+        self.layer = inner_layer(encoder, given[0].reference)
+        self.targets, misclassified = self._inside([bug.misclassified for bug in given])
+        self.directions = _unit(misclassified - self._inside([bug.reference for bug in given])[1])
+        spend(2 * len(given))
         numbers = iter(range(len(given)))
         self._number_of = [None if bug is None else next(numbers) for bug in bugs]
 
@@ -96,6 +98,19 @@ class LatentStamps:
             if handle is not None:
                 handle.remove()
 
+    @torch.no_grad()
+    def _inside(self, inputs: list[RawInput]) -> tuple[Tensor, Tensor]:
+        """Features `(N, D)` of raw inputs, and what the layer gives of them `(N, ...)`."""
+        features, hidden = [], []
+        handle = self.layer.register_forward_hook(lambda module, _, output: hidden.append(_hidden(output)))
+        try:
+            with comparison_mode(self.encoder.model, checkpointing=False):
+                for start in range(0, len(inputs), _BATCH):
+                    features.append(self.encoder.features(self.encoder.preprocess(inputs[start : start + _BATCH])))
+        finally:
+            handle.remove()
+        return torch.cat(features), torch.cat(hidden)
+
     def _ways(self, numbers: list[int], pixels: Tensor) -> Tensor:
         """For each of N rows, the direction in which its hidden state comes nearest to where a report led: `(N, ...)`."""
         begin: list[Tensor] = []
@@ -106,7 +121,8 @@ class LatentStamps:
 
         handle = self.layer.register_forward_hook(begin_here)
         try:
-            with torch.enable_grad():
+            # Activations that are computed again are of no use here, and one kind of that refuses `grad`
+            with torch.enable_grad(), comparison_mode(self.encoder.model, checkpointing=False):
                 features = self.encoder.features({"pixel_values": pixels})
                 arrived = (features * self.targets[numbers].to(features)).sum()
                 (gradient,) = torch.autograd.grad(arrived, begin[-1])
@@ -116,15 +132,12 @@ class LatentStamps:
         return _unit(gradient)
 
 
-def inner_layer(encoder: Encoder, inputs: Sequence[RawInput]) -> tuple[nn.Module, Tensor]:
-    """The module whose output is the hidden state three quarters of the way through the encoder, and that state.
+def inner_layer(encoder: Encoder, x: RawInput) -> nn.Module:
+    """The module whose output is the hidden state three quarters of the way through the encoder, but not the last.
 
     Args:
         encoder (`Encoder`): Any encoder.
-        inputs (`Sequence`): N raw inputs.
-
-    Returns:
-        `tuple[torch.nn.Module, FloatTensor]`: The module, and its output `(N, ...)`.
+        x (`PIL.Image.Image` or `str`): A raw input to run it on.
 
     Raises:
         ValueError: If the model gives no hidden states, or none of its modules gives that one.
@@ -133,16 +146,17 @@ def inner_layer(encoder: Encoder, inputs: Sequence[RawInput]) -> tuple[nn.Module
     handles = [m.register_forward_hook(lambda m, _, output: made.append((m, output))) for m in encoder.model.modules()]
     try:
         with torch.no_grad(), comparison_mode(encoder.model, checkpointing=False):
-            _, states = encoder.features_and_hidden_states(encoder.preprocess(inputs))
+            _, states = encoder.features_and_hidden_states(encoder.preprocess([x]))
     finally:
         for handle in handles:
             handle.remove()
-    wanted = states[_DEPTH * len(states) // 4]
+    # In most models the first one is that of the embeddings
+    wanted = states[max(min(_DEPTH * (len(states) - 1) // 4, len(states) - 2), 0)]
     runs = Counter(module for module, _ in made)
     # The outermost, which ends last
     for module, output in reversed(made):
         if _hidden(output) is wanted and runs[module] == 1:
-            return module, wanted
+            return module
     raise ValueError(f"No module of `{type(encoder.model).__name__}` gives the hidden state that far inside it.")
 
 

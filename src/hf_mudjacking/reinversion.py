@@ -37,7 +37,7 @@ class Reinversion(TrainerCallback):
     Args:
         encoder (`Encoder`): The encoder that is patched.
         dataset (`PatchingDataset`): The rows that batches are made of.
-        stamps (`Sequence[ImageTrigger]`): The U triggers that they carry, row i number i mod U; the first K are looked for.
+        stamps (`Sequence[ImageTrigger | None]`): The U triggers that they carry, row i number i mod U; the first K are looked for.
         reports (`Sequence[BugInstance]`): For each of those K, the report it is from.
         targets (`FloatTensor` of shape `(K, D)`): For each, h(x_b) before patching.
         images (`Sequence[PIL.Image.Image]`): Clean inputs.
@@ -49,7 +49,7 @@ class Reinversion(TrainerCallback):
         self,
         encoder: Encoder,
         dataset: PatchingDataset,
-        stamps: Sequence[ImageTrigger],
+        stamps: Sequence[ImageTrigger | None],
         reports: Sequence[BugInstance],
         targets: Tensor,
         images: Sequence[Image.Image],

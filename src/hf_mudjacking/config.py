@@ -118,8 +118,8 @@ class MudjackingConfig(TrainingArguments):
         the difference that x_b and x_r have there, of a length of up to this share of the hidden state's, or what else leads to
         h(x_b), see [`~hf_mudjacking.latent.LatentStamps`]. Backdoors whose trigger is another one in each picture are unlearned so.
         It costs up to a quarter more forward passes; `0` repairs such a report by effectiveness and locality alone. For images.
-        With 0.6 an input-aware backdoor ends at an ASR of 1.5 (49 without) and BA stays within 0.3 points; with 0.9 at 0.5, and
-        BA falls by 1.6 (ResNet for CIFAR-10, 600 steps).
+        With 0.6 two input-aware backdoors (ResNet for CIFAR-10, 600 steps) end at an ASR of 1.4 and 6.8 (49 and 20 with 0), BA
+        falls by 0.0 and 1.1; with 0.9 they end at 0.5 and 1.2, and BA falls by 1.6 and 4.3.
 
     > Parameters that guard what is there already
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .bug_instance import BugInstance
 from .encoder import Encoder
-from .modes import comparison_mode
+from .modes import comparison_mode, hooked
 from .preprocessing import RawInput
 
 
@@ -91,24 +91,17 @@ class LatentStamps:
                 output, hidden.index_add(0, at, (_length(hidden[at].detach()) * change).to(hidden.dtype))
             )
 
-        handle = self.layer.register_forward_hook(stamp_output) if mine else None
-        try:
+        with hooked([self.layer] if mine else [], stamp_output):
             yield
-        finally:
-            if handle is not None:
-                handle.remove()
 
     @torch.no_grad()
     def _inside(self, inputs: list[RawInput]) -> tuple[Tensor, Tensor]:
         """Features `(N, D)` of raw inputs, and what the layer gives of them `(N, ...)`."""
         features, hidden = [], []
-        handle = self.layer.register_forward_hook(lambda module, _, output: hidden.append(_hidden(output)))
-        try:
-            with comparison_mode(self.encoder.model, checkpointing=False):
-                for start in range(0, len(inputs), _BATCH):
-                    features.append(self.encoder.features(self.encoder.preprocess(inputs[start : start + _BATCH])))
-        finally:
-            handle.remove()
+        looking = hooked([self.layer], lambda module, _, output: hidden.append(_hidden(output)))
+        with looking, comparison_mode(self.encoder.model, checkpointing=False):
+            for start in range(0, len(inputs), _BATCH):
+                features.append(self.encoder.features(self.encoder.preprocess(inputs[start : start + _BATCH])))
         return torch.cat(features), torch.cat(hidden)
 
     def _ways(self, numbers: list[int], pixels: Tensor) -> Tensor:
@@ -119,15 +112,12 @@ class LatentStamps:
             begin.append(_hidden(output).detach().requires_grad_(True))
             return _with_hidden(output, begin[-1])
 
-        handle = self.layer.register_forward_hook(begin_here)
-        try:
-            # Activations that are computed again are of no use here, and one kind of that refuses `grad`
-            with torch.enable_grad(), comparison_mode(self.encoder.model, checkpointing=False):
-                features = self.encoder.features({"pixel_values": pixels})
-                arrived = (features * self.targets[numbers].to(features)).sum()
-                (gradient,) = torch.autograd.grad(arrived, begin[-1])
-        finally:
-            handle.remove()
+        # Activations that are computed again are of no use here, and one kind of that refuses `grad`
+        plain = comparison_mode(self.encoder.model, checkpointing=False)
+        with hooked([self.layer], begin_here), torch.enable_grad(), plain:
+            features = self.encoder.features({"pixel_values": pixels})
+            arrived = (features * self.targets[numbers].to(features)).sum()
+            (gradient,) = torch.autograd.grad(arrived, begin[-1])
         self.spend(3 * len(numbers))
         return _unit(gradient)
 
@@ -143,13 +133,9 @@ def inner_layer(encoder: Encoder, x: RawInput) -> nn.Module:
         ValueError: If the model gives no hidden states, or none of its modules gives that one.
     """
     made: list[tuple[nn.Module, Any]] = []
-    handles = [m.register_forward_hook(lambda m, _, output: made.append((m, output))) for m in encoder.model.modules()]
-    try:
-        with torch.no_grad(), comparison_mode(encoder.model, checkpointing=False):
-            _, states = encoder.features_and_hidden_states(encoder.preprocess([x]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    looking = hooked(encoder.model.modules(), lambda module, _, output: made.append((module, output)))
+    with looking, torch.no_grad(), comparison_mode(encoder.model, checkpointing=False):
+        _, states = encoder.features_and_hidden_states(encoder.preprocess([x]))
     # In most models the first one is that of the embeddings
     wanted = states[max(min(_DEPTH * (len(states) - 1) // 4, len(states) - 2), 0)]
     runs = Counter(module for module, _ in made)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""The modes that a model is put into: nothing random, nothing running, some weights at rest."""
+"""The modes that a model is put into: nothing random, nothing running, some weights at rest, some modules watched."""
 
 from __future__ import annotations
 
@@ -52,6 +52,17 @@ def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in at_rest:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a hook is called with what each of some modules gives."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _QuietCheckpointing:

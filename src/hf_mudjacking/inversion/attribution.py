@@ -19,7 +19,7 @@ from captum.attr import LayerIntegratedGradients, Occlusion
 from torch import Tensor, nn
 
 from ..encoder import Encoder
-from ..modes import set_comparison_mode
+from ..modes import hooked, set_comparison_mode
 from ..two_towers import token_embeddings
 
 
@@ -210,11 +210,7 @@ def _embeddings_that_are_called(
             called.append(module)
 
     same = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is named.weight and m is not named]
-    hooks = [module.register_forward_hook(note) for module in (named, *same)]
-    try:
+    with hooked((named, *same), note):
         forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     # An adapter around it is called with it
     return named if named in called else next(iter(called), None)

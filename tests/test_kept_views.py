@@ -107,7 +107,7 @@ def test_a_run_that_keeps_ends_where_one_that_does_not_keep_ends(
     ended = []
     for keeps, model in ((True, tiny_vit), (False, copy.deepcopy(tiny_vit))):
         if not keeps:
-            monkeypatch.setattr("hf_mudjacking.trainer.worth_keeping", lambda *args, **kwargs: False)
+            monkeypatch.setattr("hf_mudjacking.pre_step.worth_keeping", lambda *args, **kwargs: False)
         trainer = _trainer(model, processor, bug, trigger, tmp_path / str(keeps), images, held_out, **settings)
         trainer.train()
         for data in (trainer.train_dataset, trainer.eval_dataset):

@@ -50,6 +50,7 @@ _SETTINGS = (
     "reference_weight",
     "altered_triggers",
     "reinversions",
+    "adversarial_levels",
     "latent_strength",
     "patch_scope",
     "locality_budget",

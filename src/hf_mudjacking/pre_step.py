@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from .adversarial_views import AdversarialViews
 from .callbacks import BeforeTrackersClose
 from .data import PatchingCollator, PatchingDataset
 from .inversion import check_disagreement
@@ -124,6 +125,7 @@ class PreStep:
             [[None] if e is None else with_altered(e, self.args.altered_triggers, self.args.seed) for e in stamps],
         )
         self._reinversion = self._looking_again(stamps, misclassified)
+        self._adversarial = self._adversarial_views(len(stamps), misclassified)
         self.patched_tokens = tokens_to_patch(
             self.encoder, self.triggers, [bug.misclassified for bug in self.bug_instances], self.args.patch_scope
         )
@@ -160,6 +162,32 @@ class PreStep:
             )
         except ValueError as error:
             logger.warning(f"`latent_strength` is ignored: {error}")
+            return None
+
+    def _adversarial_views(self, stamps: int, misclassified: Tensor) -> AdversarialViews | None:
+        """What moves stamped pictures towards where their reports led; `None` if nothing does."""
+        if self.encoder.modality != "image" or not self.args.adversarial_levels or self.train_dataset is None:
+            return None
+        if not self.trigger_groups or not self.args.generalizability_weight:
+            return None
+        if self._is_split:
+            logger.warning(
+                "`adversarial_levels` is ignored under FSDP and DeepSpeed: no process has all weights there."
+            )
+            return None
+        # Earlier triggers and rows that carry nothing follow
+        targets: list[Tensor | None] = [misclassified[group[0]] for group in self.trigger_groups]
+        targets += [None] * (stamps - len(targets))
+        try:
+            return AdversarialViews(
+                self.encoder,
+                targets,
+                self.args.adversarial_levels,
+                self.bug_instances[0].misclassified.size,
+                lambda forwards: self._spend(self.args.world_size * forwards),
+            )
+        except ValueError as error:
+            logger.warning(f"`adversarial_levels` is ignored: {error}")
             return None
 
     def _looking_again(self, stamps: list[Trigger | None], misclassified: Tensor) -> Reinversion | None:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import (
 )
 
 from .adapters import add_adapter, check_adapters
+from .adversarial_views import AdversarialViews
 from .bug_instance import BugInstance
 from .callbacks import StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
@@ -269,6 +270,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         self.locality: Movement | None = None
         self._guard: LocalityGuard | None = None
         self._reinversion: Reinversion | None = None
+        self._adversarial: AdversarialViews | None = None
         self._latent: LatentStamps | None = None
         self.rollback = Rollback(args.output_dir)
         self._given_optimizers = optimizers
@@ -447,11 +449,6 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         set_comparison_mode(model)
         before, before_references = inputs["frozen_features"], inputs["frozen_references"]
         views = {name: value for name, value in inputs.items() if not name.startswith("frozen_")}
-        if training and self._reinversion is not None:
-            stamped = slice(len(before), 2 * len(before))
-            views["pixel_values"][stamped] = self._reinversion.restamp(
-                views["pixel_values"][stamped], inputs["frozen_rows"]
-            )
         features = self.encoder.features(views, model)
         b, k = len(before), len(before_references)
         clean, stamped, misclassified, reference, stamped_reference = features.split([b, b, k, k, k])
@@ -481,14 +478,21 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         return (losses.total, {"features": features}) if return_outputs else losses.total
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if self._latent is None:
+        """One step, whose stamped rows carry what depends on the model as it is now; batches are made ahead of it."""
+        if self._reinversion is None and self._adversarial is None and self._latent is None:
             return super().training_step(model, inputs, *args, **kwargs)
         set_comparison_mode(model)
-        inputs, count = self._prepare_inputs(inputs), len(inputs["frozen_rows"])
+        inputs = self._prepare_inputs(inputs)
+        pixels, rows = inputs["pixel_values"], inputs["frozen_rows"]
+        stamped = slice(len(rows), 2 * len(rows))
         with ExitStack() as changed:
             with self.compute_loss_context_manager():
-                stamped = inputs["pixel_values"][count : 2 * count]
-                changed.enter_context(self._latent.carried(stamped, inputs["frozen_rows"], first=count))
+                if self._reinversion is not None:
+                    pixels[stamped] = self._reinversion.restamp(pixels[stamped], rows)
+                if self._adversarial is not None:
+                    pixels[stamped] = self._adversarial.moved(pixels[stamped], rows)
+                if self._latent is not None:
+                    changed.enter_context(self._latent.carried(pixels[stamped], rows, first=len(rows)))
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _has_diverged(self, loss: Tensor, training: bool) -> bool:

@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reinversions", type=int, default=4, help="times the report is inverted anew while patching (default: 4)"
     )
     parser.add_argument(
+        "--adversarial-levels",
+        type=float,
+        default=0.0,
+        help="levels of 255 that stamped inputs are moved by towards the reported feature, so that less of the trigger is left, "
+        "for more compute and some accuracy; 2 is a good value (default: 0)",
+    )
+    parser.add_argument(
         "--latent-strength",
         type=float,
         default=0.6,
@@ -181,6 +188,7 @@ def _patch(options: argparse.Namespace) -> int:
             on_unverified=options.on_unverified,
             altered_triggers=options.altered_triggers,
             reinversions=options.reinversions,
+            adversarial_levels=options.adversarial_levels,
             latent_strength=options.latent_strength,
             locality_budget=options.locality_budget,
             feature_source=options.feature_source,

@@ -1,0 +1,85 @@
+# Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
+"""Stamped pictures, moved a little towards where their trigger led: what is nearly repaired still fires next to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .encoder import Encoder
+from .modes import comparison_mode
+
+
+# Steps of projected gradient ascent, each of this share of the way that is allowed.
+_STEPS = 2
+_STEP = 0.75
+
+
+class AdversarialViews:
+    """Moves every second stamped picture by a few levels towards h(x_b), in the model as it is now.
+
+    A repair is trained on the trigger that was found, and the true one is a little different; where the repair is shallow, that is
+    enough for some inputs to be led away again. Training on the worst pictures within a few levels makes it deeper (adversarial
+    training by projected gradient descent: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018).
+    All goes by the number of the row, so that it is moved alike in a batch of any size.
+
+    Args:
+        encoder (`Encoder`): The encoder that is patched.
+        targets (`Sequence[FloatTensor | None]`): For each of the U stamps, h(x_b) before patching, `(D,)`; row i has number i mod U.
+            Rows whose target is `None` stay.
+        levels (`float`): Largest change of a channel, of 255.
+        size (`tuple[int, int]`): Size of a picture that the image processor is shown to learn what a level is.
+        spend (`Callable`): Told how many inputs went through the model, a backward pass counted as two.
+
+    Raises:
+        ValueError: If black and white are the same to the image processor.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        targets: Sequence[Tensor | None],
+        levels: float,
+        size: tuple[int, int],
+        spend: Callable[[int], None],
+    ) -> None:
+        self.encoder = encoder
+        self.targets = targets
+        self.spend = spend
+        black, white = encoder.preprocess([Image.new("RGB", size, color) for color in ("black", "white")])[
+            "pixel_values"
+        ]
+        # Frames that some processors add are the same in both
+        self.reach = levels / 255 * (white - black).abs().amax(dim=(1, 2), keepdim=True)
+        if not self.reach.any():
+            raise ValueError("black and white are the same to the image processor, so nothing is known of levels.")
+
+    def moved(self, pixels: Tensor, rows: Tensor) -> Tensor:
+        """What the model gets of B stamped rows, some of them moved.
+
+        Args:
+            pixels (`FloatTensor` of shape `(B, C, H, W)`): What it would get of them.
+            rows (`LongTensor` of shape `(B,)`): Their numbers in the dataset.
+        """
+        numbers, targets = [], []
+        for i, row in enumerate(rows.tolist()):
+            turn, stamp = divmod(row, len(self.targets))
+            if turn % 2 and self.targets[stamp] is not None:
+                numbers.append(i)
+                targets.append(self.targets[stamp])
+        if not numbers:
+            return pixels
+        start, reach, target = pixels[numbers], self.reach.to(pixels), torch.stack(targets).to(pixels)
+        change = torch.zeros_like(start)
+        # Activations that are computed again are of no use here, and one kind of that refuses `grad`
+        with torch.enable_grad(), comparison_mode(self.encoder.model, checkpointing=False):
+            for _ in range(_STEPS):
+                change.requires_grad_(True)
+                features = self.encoder.features({"pixel_values": start + change})
+                (gradient,) = torch.autograd.grad((features * target).sum(), change)
+                change = (change.detach() + _STEP * reach * gradient.sign()).clamp(-reach, reach)
+        self.spend(3 * _STEPS * len(numbers))
+        return pixels.index_copy(0, torch.tensor(numbers, device=pixels.device), start + change)

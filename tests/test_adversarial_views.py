@@ -1,0 +1,196 @@
+"""Stamped pictures that are moved a little towards where their trigger led."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModel, ResNetConfig, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
+from hf_mudjacking.adversarial_views import AdversarialViews
+
+from .conftest import largest_difference, make_config, make_images, weights_of
+
+
+MODELS = {
+    "vit": ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    ),
+    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic"),
+}
+STD = [0.25, 0.5, 1.0]
+
+
+def encoder_of(config, **kwargs):
+    torch.manual_seed(0)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=STD, **kwargs)
+    return Encoder(AutoModel.from_config(config).eval(), processor)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_second_turn_is_moved_towards_its_target_within_the_levels(name):
+    encoder = encoder_of(MODELS[name])
+    x_b, *others = make_images(7)
+    target, spent = encoder.encode([x_b])[0], []
+    views = AdversarialViews(encoder, [target, None], 2.0, (16, 16), spent.append)
+    pixels = encoder.preprocess(others)["pixel_values"]
+    given = pixels.clone()
+    # Turns 1, 0, 3, 2, 1, 5; the fifth has the stamp without a target
+    moved = views.moved(pixels, torch.tensor([2, 0, 6, 4, 3, 10]))
+    assert torch.equal(pixels, given)
+    assert torch.equal(moved[[1, 3, 4]], given[[1, 3, 4]])
+    # A level is as many of the processor's units as a 255th of what lies between black and white
+    change = (moved - given)[[0, 2, 5]]
+    reach = 2 / 255 / torch.tensor(STD).view(1, 3, 1, 1)
+    assert (change.abs() <= reach * 1.001).all()
+    assert (change.abs().amax(dim=(2, 3)) > 0.99 * reach.view(1, 3)).all()
+    before, after = (encoder.features({"pixel_values": x}).detach() @ target for x in (given, moved))
+    assert (after[[0, 2, 5]] > before[[0, 2, 5]]).all()
+    # Three rows, twice forward and back
+    assert spent == [18]
+    # Nothing is left behind for the optimiser
+    assert all(parameter.grad is None for parameter in encoder.model.parameters())
+
+
+def test_a_row_is_moved_alike_in_any_batch():
+    encoder = encoder_of(MODELS["vit"])
+    x_b, *others = make_images(5)
+    views = AdversarialViews(encoder, [encoder.encode([x_b])[0]], 2.0, (16, 16), lambda forwards: None)
+    pixels, rows = encoder.preprocess(others)["pixel_values"], torch.tensor([1, 3, 4, 5])
+    whole = views.moved(pixels, rows)
+    parts = torch.cat([views.moved(pixels[:2], rows[:2]), views.moved(pixels[2:], rows[2:])])
+    assert torch.allclose(whole, parts, atol=1e-6)
+    (even,) = views.moved(pixels[2:3], rows[2:3])
+    assert torch.equal(even, pixels[2])
+
+
+def test_a_frame_that_the_processor_adds_says_nothing_of_a_level():
+    encoder = encoder_of(MODELS["vit"])
+    preprocess = encoder.preprocess
+
+    def framed(images):
+        pixels = preprocess(images)["pixel_values"]
+        pixels[:, :, :4] = 0
+        return {"pixel_values": pixels}
+
+    encoder.preprocess = framed
+    views = AdversarialViews(encoder, [None], 2.0, (16, 16), lambda forwards: None)
+    assert views.reach.flatten().tolist() == pytest.approx([2 / 255 / std for std in STD])
+
+
+# --- in the trainer
+
+
+def trained(backdoored, tmp_path, **kwargs):
+    trainer = MudjackingTrainer(
+        model=backdoored.model(),
+        args=make_config(tmp_path, **{"max_steps": 2, "reinversions": 0, **kwargs}),
+        bug_instances=[backdoored.bug()],
+        train_dataset=backdoored.dataset(64),
+        processing_class=backdoored.processor,
+        triggers=[backdoored.trigger],
+    )
+    trainer.train()
+    return trainer
+
+
+def test_half_of_the_stamped_rows_are_moved(backdoored, tmp_path):
+    trainer = trained(backdoored, tmp_path / "moved", adversarial_levels=2.0)
+    plain = trained(backdoored, tmp_path / "plain")
+    assert plain._adversarial is None
+    assert largest_difference(weights_of(trainer.encoder.model), weights_of(plain.encoder.model)) > 0
+    # Sixteen rows of two steps
+    spent = trainer.forward_equivalents - plain.forward_equivalents
+    assert 0 < spent < 16 * 6
+    assert spent % 6 == 0
+
+
+def test_accumulated_batches_are_moved_alike(backdoored, tmp_path):
+    whole = trained(backdoored, tmp_path / "a", adversarial_levels=2.0)
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    parts = trained(backdoored, tmp_path / "b", adversarial_levels=2.0, **halves)
+    assert largest_difference(weights_of(whole.encoder.model), weights_of(parts.encoder.model)) < 2e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(backdoored, tmp_path, use_reentrant):
+    plain = trained(backdoored, tmp_path / "plain", adversarial_levels=2.0)
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    trainer = trained(backdoored, tmp_path / "checkpointed", adversarial_levels=2.0, **settings)
+    assert largest_difference(weights_of(trainer.encoder.model), weights_of(plain.encoder.model)) < 2e-5
+
+
+def test_nothing_is_moved_that_no_loss_looks_at(backdoored, tmp_path):
+    trainer = trained(backdoored, tmp_path, adversarial_levels=2.0, generalizability_weight=0.0)
+    assert trainer._adversarial is None
+
+
+def test_an_adapter_is_trained_on_moved_pictures(backdoored, tmp_path):
+    trainers = [
+        MudjackingTrainer(
+            model=backdoored.model(),
+            args=make_config(tmp_path / str(levels), max_steps=2, reinversions=0, adversarial_levels=levels),
+            bug_instances=[backdoored.bug()],
+            train_dataset=backdoored.dataset(64),
+            processing_class=backdoored.processor,
+            triggers=[backdoored.trigger],
+            peft_config=LoraConfig(r=2),
+        )
+        for levels in (0.0, 2.0)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    plain, moved = (weights_of(trainer.encoder.model) for trainer in trainers)
+    changed = {name for name in plain if not torch.equal(plain[name], moved[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_where_a_level_is_unknown_a_warning_says_so(backdoored, tmp_path, caplog, monkeypatch):
+    class Blind(AdversarialViews):
+        def __init__(self, encoder, *args):
+            blind = copy.copy(encoder)
+            blind.preprocess = lambda images: {"pixel_values": torch.zeros(len(images), 3, 16, 16)}
+            super().__init__(blind, *args)
+
+    monkeypatch.setattr("hf_mudjacking.pre_step.AdversarialViews", Blind)
+    trainer = trained(backdoored, tmp_path, adversarial_levels=2.0)
+    assert trainer._adversarial is None
+    assert "`adversarial_levels` is ignored: black and white are the same to the image processor" in caplog.text
+
+
+def test_less_is_left_next_to_the_trigger(backdoored, tmp_path):
+    """What a repair is for: pictures that are moved towards h(x_b) after it get less far."""
+    inputs = [backdoored.trigger.apply(x) for x in backdoored.test.inputs[:64]]
+    bug = backdoored.bug()
+    target = Encoder(backdoored.model(), backdoored.processor).encode([bug.misclassified])[0]
+    arrived = {}
+    for levels in (0.0, 4.0):
+        trainer = trained(backdoored, tmp_path / str(levels), max_steps=60, adversarial_levels=levels)
+        encoder = trainer.encoder
+        views = AdversarialViews(encoder, [target], 4.0, bug.misclassified.size, lambda forwards: None)
+        pixels = encoder.preprocess(inputs)["pixel_values"]
+        moved = views.moved(pixels, torch.arange(1, 2 * len(inputs), 2))
+        arrived[levels] = float((encoder.features({"pixel_values": moved}).detach() @ target).mean())
+    assert arrived[4.0] < arrived[0.0] - 0.02
+
+
+def test_rows_of_earlier_triggers_and_of_reports_without_one_stay(backdoored, tmp_path, short_searches):
+    labels = backdoored.test.labels
+    natural = BugInstance(*(backdoored.test.inputs[int(np.argmax(labels == label))] for label in (3, 8)))
+    trainer = MudjackingTrainer(
+        model=backdoored.model(),
+        args=make_config(
+            tmp_path, max_steps=1, reinversions=0, on_unverified="patch", adversarial_levels=2.0, latent_strength=0.6
+        ),
+        bug_instances=[natural, backdoored.bug()],
+        train_dataset=backdoored.dataset(64),
+        processing_class=backdoored.processor,
+    )
+    trainer.train()
+    targets = trainer._adversarial.targets
+    assert [target is None for target in targets] == [False, True]
+    assert torch.equal(targets[0], trainer._led_to[1])

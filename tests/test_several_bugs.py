@@ -15,8 +15,7 @@ from peft import LoraConfig
 from torch.nn.functional import interpolate
 from transformers import AutoModel
 
-from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger, load_trigger
-from hf_mudjacking import trainer as trainer_module
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, PatchTrigger, TextTrigger, load_trigger, pre_step
 from hf_mudjacking.attacks import implant_bad_encoder
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.repair import measured_repair
@@ -313,7 +312,7 @@ def of_one_class(monkeypatch):
             object.__setattr__(screening, "found", dataclasses.replace(screening.found, one_class=True))
         return found
 
-    monkeypatch.setattr(trainer_module, "invert_reports", inverted)
+    monkeypatch.setattr(pre_step, "invert_reports", inverted)
 
 
 def report_trainer(backdoored, out, **args):

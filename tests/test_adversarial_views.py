@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from transformers import AutoModel, ResNetConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
-from hf_mudjacking.adversarial_views import AdversarialViews
+from hf_mudjacking.adversarial_views import AdversarialViews, is_all_in_one_place
+from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, WarpTrigger
 
 from .conftest import largest_difference, make_config, make_images, weights_of
 
@@ -81,20 +83,74 @@ def test_a_frame_that_the_processor_adds_says_nothing_of_a_level():
     assert views.reach.flatten().tolist() == pytest.approx([2 / 255 / std for std in STD])
 
 
+def patch_at(*boxes, placement="fixed"):
+    mask = np.zeros((16, 16), dtype=bool)
+    for top, left, bottom, right in boxes:
+        mask[top:bottom, left:right] = True
+    return PatchTrigger(mask, np.full((16, 16, 3), 255), placement)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "known"),
+    [
+        # 49 of 256 pixels, 56, and the 49 of a box that is not full
+        (patch_at((8, 8, 15, 15)), True),
+        (patch_at((8, 8, 15, 16)), False),
+        (patch_at((8, 8, 9, 15), (8, 8, 15, 9)), True),
+        (patch_at((0, 0, 2, 2), (14, 14, 16, 16)), False),
+        (patch_at((8, 8, 10, 10), placement="anywhere"), False),
+        (patch_at((8, 8, 10, 10)).weakened(0.5), False),
+        (BlendTrigger(np.full((16, 16, 3), 255), np.full((16, 16), 0.2)), False),
+        (AdditiveTrigger(np.full((16, 16, 3), 20.0)), False),
+        (WarpTrigger(np.ones((2, 4, 4))), False),
+    ],
+)
+def test_only_a_small_opaque_patch_at_its_place_is_shown_by_a_report_as_it_is(trigger, known):
+    assert is_all_in_one_place(trigger) == known
+
+
 # --- in the trainer
 
 
-def trained(backdoored, tmp_path, **kwargs):
+def trained(backdoored, tmp_path, trigger=None, **kwargs):
     trainer = MudjackingTrainer(
         model=backdoored.model(),
         args=make_config(tmp_path, **{"max_steps": 2, "reinversions": 0, **kwargs}),
         bug_instances=[backdoored.bug()],
         train_dataset=backdoored.dataset(64),
         processing_class=backdoored.processor,
-        triggers=[backdoored.trigger],
+        triggers=[trigger or backdoored.trigger],
     )
     trainer.train()
     return trainer
+
+
+def test_by_default_what_a_report_shows_as_it_is_stays_and_all_else_is_moved(backdoored, tmp_path):
+    assert trained(backdoored, tmp_path / "patch")._adversarial is None
+    assert trained(backdoored, tmp_path / "off", backdoored.trigger.weakened(0.5), adversarial_levels=0.0)._adversarial is None
+    views = trained(backdoored, tmp_path / "translucent", backdoored.trigger.weakened(0.5))._adversarial
+    assert [target is None for target in views.targets] == [False]
+    white = views.encoder.preprocess([Image.new("RGB", (8, 8), color) for color in ("black", "white")])["pixel_values"]
+    assert torch.allclose(views.reach, 2 / 255 * (white[1] - white[0]).amax(dim=(1, 2), keepdim=True))
+
+
+def test_by_default_a_trigger_of_one_class_is_moved_though_it_is_a_small_patch(backdoored, tmp_path, monkeypatch):
+    monkeypatch.setattr(MudjackingTrainer, "_of_one_class", lambda self: [0])
+    assert trained(backdoored, tmp_path)._adversarial.targets[0] is not None
+
+
+def test_by_default_each_trigger_is_judged_by_itself(backdoored, tmp_path):
+    trainer = MudjackingTrainer(
+        model=backdoored.model(),
+        args=make_config(tmp_path, max_steps=1, reinversions=0),
+        bug_instances=[backdoored.bug(), backdoored.bug()],
+        train_dataset=backdoored.dataset(64),
+        processing_class=backdoored.processor,
+        triggers=[backdoored.trigger, AdditiveTrigger(np.full((*backdoored.trigger.mask.shape, 3), 20.0))],
+    )
+    trainer.train()
+    assert [group[0] for group in trainer.trigger_groups] == [0, 1]
+    assert [target is None for target in trainer._adversarial.targets] == [True, False]
 
 
 def test_half_of_the_stamped_rows_are_moved(backdoored, tmp_path):

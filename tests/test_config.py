@@ -26,7 +26,7 @@ def test_own_defaults():
         "min_evidence": 0.5,
         "on_unverified": "refuse",
         "remember_triggers": True,
-        "adversarial_levels": 0.0,
+        "adversarial_levels": None,
         "latent_strength": 0.6,
         "locality_budget": 0.1,
         "stop_when_fixed": True,

@@ -11,8 +11,13 @@ from torch import Tensor
 
 from .encoder import Encoder
 from .modes import comparison_mode
+from .triggers import ImageTrigger, PatchTrigger
 
 
+# By how many levels pictures are moved where nothing is said.
+AUTOMATIC_LEVELS = 2.0
+# Largest share of the picture that the box around a patch may cover, for its pixels to be all that there is to know.
+_SMALL_BOX = 0.2
 # Steps of projected gradient ascent, each of this share of the way that is allowed.
 _STEPS = 2
 _STEP = 0.75
@@ -83,3 +88,14 @@ class AdversarialViews:
                 change = (change.detach() + _STEP * reach * gradient.sign()).clamp(-reach, reach)
         self.spend(3 * _STEPS * len(numbers))
         return pixels.index_copy(0, torch.tensor(numbers, device=pixels.device), start + change)
+
+
+def is_all_in_one_place(trigger: ImageTrigger) -> bool:
+    """Whether a trigger is an opaque patch in one small place, whose pixels a report shows as they are.
+
+    Of any other one a report shows a part, or a mixture with the picture, so that what is found is only near it.
+    """
+    if not isinstance(trigger, PatchTrigger) or trigger.placement != "fixed":
+        return False
+    top, left, bottom, right = trigger.box
+    return (bottom - top) * (right - left) <= _SMALL_BOX * trigger.mask.size

@@ -113,11 +113,12 @@ class MudjackingConfig(TrainingArguments):
         is stamped as well, if it does more than ordinary content in the same place. One to two thousand forward passes each.
         For images.
 
-    adversarial_levels (`float`, *optional*, defaults to `0.0`):
+    adversarial_levels (`float`, *optional*):
         By how many levels of 255 every second stamped input is moved towards h(x_b), in the model as it is, before it is learned
-        from, see [`~hf_mudjacking.adversarial_views.AdversarialViews`]. `2.0` leaves less of the trigger alive, most where what
-        was found is only near the true one, for about 40 % more forward passes and up to a point and a half of BA; measured in
-        `docs/attacks.md`. For images.
+        from, see [`~hf_mudjacking.adversarial_views.AdversarialViews`]. Less of the trigger is left then, most where what was
+        found is only near the true one, for about 40 % more forward passes and up to a point and a half of BA; measured in
+        `docs/attacks.md`. `None` moves by `2.0` what carries any trigger but a small opaque patch at its place that works on all
+        inputs, whose pixels a report shows as they are; `0.0` moves nothing. For images.
 
     latent_strength (`float`, *optional*, defaults to `0.6`):
         For a report without a verified trigger, what clean inputs carry instead, three quarters of the way through the encoder:
@@ -198,8 +199,8 @@ class MudjackingConfig(TrainingArguments):
     )
     altered_triggers: int = field(default=32, metadata={"help": "Altered versions of each trigger that are stamped."})
     reinversions: int = field(default=4, metadata={"help": "Times that reports are inverted anew while patching."})
-    adversarial_levels: float = field(
-        default=0.0, metadata={"help": "Levels of 255 that stamped inputs are moved by towards the reported feature."}
+    adversarial_levels: float | None = field(
+        default=None, metadata={"help": "Levels of 255 that stamped inputs are moved by towards the reported feature."}
     )
     latent_strength: float = field(
         default=0.6, metadata={"help": "Largest share of a hidden state that is added for reports without a trigger."}
@@ -233,7 +234,7 @@ class MudjackingConfig(TrainingArguments):
         super().__post_init__()
         for name in _NUMBERS:
             value = getattr(self, name)
-            none = value is None and name == "locality_budget"
+            none = value is None and name in ("locality_budget", "adversarial_levels")
             if not none and (isinstance(value, bool) or not isinstance(value, Real)):
                 hint = " YAML takes `3e-4` for a text; write `3.0e-4`." if isinstance(value, str) else ""
                 raise ValueError(f"`{name}={value!r}` must be a number.{hint}")
@@ -303,9 +304,9 @@ class MudjackingConfig(TrainingArguments):
             raise ValueError(
                 f"`reinversions={self.reinversions}` is negative; 0 inverts reports once, before patching."
             )
-        if not 0 <= self.adversarial_levels <= 255:
+        if self.adversarial_levels is not None and not 0 <= self.adversarial_levels <= 255:
             raise ValueError(
-                f"`adversarial_levels={self.adversarial_levels}` is no number of levels; it must lie between 0, which moves nothing, and 255."
+                f"`adversarial_levels={self.adversarial_levels}` is no number of levels; it must lie between 0, which moves nothing, and 255, or be None."
             )
         if not 0 <= self.latent_strength < math.inf:
             raise ValueError(

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .adversarial_views import AdversarialViews
+from .adversarial_views import AUTOMATIC_LEVELS, AdversarialViews, is_all_in_one_place
 from .callbacks import BeforeTrackersClose
 from .data import PatchingCollator, PatchingDataset
 from .inversion import check_disagreement
@@ -166,29 +166,37 @@ class PreStep:
 
     def _adversarial_views(self, stamps: int, misclassified: Tensor) -> AdversarialViews | None:
         """What moves stamped pictures towards where their reports led; `None` if nothing does."""
-        if self.encoder.modality != "image" or not self.args.adversarial_levels or self.train_dataset is None:
+        if self.encoder.modality != "image" or self.args.adversarial_levels == 0 or self.train_dataset is None:
             return None
-        if not self.trigger_groups or not self.args.generalizability_weight:
+        firsts = [group[0] for group in self.trigger_groups]
+        automatic = self.args.adversarial_levels is None
+        # Earlier triggers and rows that carry nothing follow
+        targets: list[Tensor | None] = [
+            None if automatic and self._is_known_exactly(i) else misclassified[i] for i in firsts
+        ]
+        targets += [None] * (stamps - len(targets))
+        if all(target is None for target in targets) or not self.args.generalizability_weight:
             return None
         if self._is_split:
             logger.warning(
                 "`adversarial_levels` is ignored under FSDP and DeepSpeed: no process has all weights there."
             )
             return None
-        # Earlier triggers and rows that carry nothing follow
-        targets: list[Tensor | None] = [misclassified[group[0]] for group in self.trigger_groups]
-        targets += [None] * (stamps - len(targets))
         try:
             return AdversarialViews(
                 self.encoder,
                 targets,
-                self.args.adversarial_levels,
+                AUTOMATIC_LEVELS if automatic else self.args.adversarial_levels,
                 self.bug_instances[0].misclassified.size,
                 lambda forwards: self._spend(self.args.world_size * forwards),
             )
         except ValueError as error:
             logger.warning(f"`adversarial_levels` is ignored: {error}")
             return None
+
+    def _is_known_exactly(self, number: int) -> bool:
+        """Whether the trigger that was found in a report is the attacker's own, and works on all inputs."""
+        return is_all_in_one_place(self.triggers[number]) and number not in self._of_one_class()
 
     def _looking_again(self, stamps: list[Trigger | None], misclassified: Tensor) -> Reinversion | None:
         """What inverts the reports anew while patching goes on; `None` if nothing does."""

@@ -62,9 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adversarial-levels",
         type=float,
-        default=0.0,
         help="levels of 255 that stamped inputs are moved by towards the reported feature, so that less of the trigger is left, "
-        "for more compute and some accuracy; 2 is a good value (default: 0)",
+        "for more compute and some accuracy; 0 moves nothing (default: 2, and 0 for a small patch at its place)",
     )
     parser.add_argument(
         "--latent-strength",

@@ -135,14 +135,18 @@ class PatchTrigger(ImageTrigger):
             raise ValueError(f"A patch trigger needs the tensors `mask` and `pattern`; missing: {sorted(missing)}.")
         return cls(tensors["mask"].numpy(), tensors["pattern"].numpy(), fields.get("placement", "fixed"))
 
-    def summary(self) -> dict[str, Any]:
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom and right of the smallest box around the mask; the last two are outside it."""
         rows, columns = np.nonzero(self.mask)
-        box = [int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1]
+        return int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1
+
+    def summary(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "size": list(self.mask.shape),
             "area": round(self.area, 6),
-            "box": box,
+            "box": list(self.box),
             "placement": self.placement,
         }
 

@@ -233,7 +233,7 @@ def test_forward_equivalents_are_counted_as_they_are_spent(backdoored, tmp_path)
 
     trainer = MudjackingTrainer(
         model=backdoored.model(),
-        args=make_config(tmp_path, max_steps=6, reinversions=1, locality_budget=0.9),
+        args=make_config(tmp_path, max_steps=6, reinversions=1, adversarial_levels=0.0, locality_budget=0.9),
         bug_instances=[backdoored.bug()],
         train_dataset=backdoored.dataset(48),
         processing_class=backdoored.processor,

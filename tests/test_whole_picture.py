@@ -195,6 +195,43 @@ def test_ordinary_content_does_not_count_as_what_still_works(backdoored):
     assert sum(again is not None for again in found) <= 2
 
 
+class FourParts:
+    """Features that turn towards a target by the square of what is there of four bright squares, one of them repaired."""
+
+    places = ((5, 5), (5, 24), (24, 5), (24, 24))
+    weights = (0.0, 0.28, 0.44, 0.28)
+
+    def encode(self, images):
+        parts = torch.tensor(
+            [[np.asarray(x)[top : top + 3, left : left + 3].min() == 255 for top, left in self.places] for x in images]
+        )
+        angle = 0.5 * torch.pi * (parts * torch.tensor(self.weights)).sum(dim=1) ** 2
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    def stamp(self, trigger, x):
+        return trigger.apply(x)
+
+
+def test_parts_that_do_little_alone_are_found_together():
+    """The strongest windows by themselves all show one of the parts, with which clean inputs go a fifth of the way."""
+    encoder, clean = FourParts(), [image.point(lambda value: value // 2) for image in make_images(17, (32, 32))]
+    masks = np.zeros((4, 32, 32), dtype=bool)
+    for mask, (top, left) in zip(masks, encoder.places, strict=True):
+        mask[top : top + 3, left : left + 3] = True
+    bright = Image.new("RGB", (32, 32), "white")
+    x_r = clean.pop()
+    x_b = PatchTrigger.from_image(bright, masks.any(axis=0)).apply(x_r)
+    meter, control_meter = (TransferMeter(encoder, x, clean) for x in (x_b, x_r))
+    alone = meter.transfer_of_masks(masks)
+    assert alone.max() < 0.32
+    again = invert_again(PatchTrigger.from_image(x_b, masks[0]), meter, control_meter, None, by_parts=True)
+    assert [again.mask[mask].mean() for mask in masks] == [1.0] * 4
+    assert meter.transfer([again]) == pytest.approx([1.0])
+    # Bright squares that the encoder never read are none
+    plain = TransferMeter(encoder, x_r, clean, meter.target)
+    assert invert_again(PatchTrigger.from_image(x_r, masks[0]), plain, control_meter, None, by_parts=True) is None
+
+
 def test_of_a_large_part_of_a_signal_the_signal_is_found_again(backdoored, blended):
     """Half of a blended picture fires as the whole does: repaired alone it would leave the signal alive."""
     encoder, bug = report_of(backdoored, blended, 1)

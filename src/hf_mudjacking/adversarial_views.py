@@ -35,6 +35,7 @@ class AdversarialViews:
         encoder (`Encoder`): The encoder that is patched.
         targets (`Sequence[FloatTensor | None]`): For each of the U stamps, h(x_b) before patching, `(D,)`; row i has number i mod U.
             Rows whose target is `None` stay.
+        stays (`Callable`): Told the number of a stamp, says whether its rows stay for now.
         levels (`float`): Largest change of a channel, of 255.
         size (`tuple[int, int]`): Size of a picture that the image processor is shown to learn what a level is.
         spend (`Callable`): Told how many inputs went through the model, a backward pass counted as two.
@@ -47,12 +48,14 @@ class AdversarialViews:
         self,
         encoder: Encoder,
         targets: Sequence[Tensor | None],
+        stays: Callable[[int], bool],
         levels: float,
         size: tuple[int, int],
         spend: Callable[[int], None],
     ) -> None:
         self.encoder = encoder
         self.targets = targets
+        self.stays = stays
         self.spend = spend
         black, white = encoder.preprocess([Image.new("RGB", size, color) for color in ("black", "white")])[
             "pixel_values"
@@ -72,7 +75,7 @@ class AdversarialViews:
         numbers, targets = [], []
         for i, row in enumerate(rows.tolist()):
             turn, stamp = divmod(row, len(self.targets))
-            if turn % 2 and self.targets[stamp] is not None:
+            if turn % 2 and self.targets[stamp] is not None and not self.stays(stamp):
                 numbers.append(i)
                 targets.append(self.targets[stamp])
         if not numbers:

@@ -168,24 +168,29 @@ class PreStep:
         """What moves stamped pictures towards where their reports led; `None` if nothing does."""
         if self.encoder.modality != "image" or self.args.adversarial_levels == 0 or self.train_dataset is None:
             return None
-        firsts = [group[0] for group in self.trigger_groups]
         automatic = self.args.adversarial_levels is None
-        # Earlier triggers and rows that carry nothing follow
-        targets: list[Tensor | None] = [
-            None if automatic and self._is_known_exactly(i) else misclassified[i] for i in firsts
-        ]
-        targets += [None] * (stamps - len(targets))
-        if all(target is None for target in targets) or not self.args.generalizability_weight:
+        known = {
+            number
+            for number, group in enumerate(self.trigger_groups)
+            if automatic and self._is_known_exactly(group[0])
+        }
+        again = self._reinversion
+        if len(known) == len(self.trigger_groups) and again is None or not self.args.generalizability_weight:
             return None
         if self._is_split:
             logger.warning(
                 "`adversarial_levels` is ignored under FSDP and DeepSpeed: no process has all weights there."
             )
             return None
+        # Earlier triggers and rows that carry nothing follow
+        targets: list[Tensor | None] = [misclassified[group[0]] for group in self.trigger_groups]
+        targets += [None] * (stamps - len(targets))
         try:
             return AdversarialViews(
                 self.encoder,
                 targets,
+                # Until more of it is found than that
+                lambda number: number in known and not (again is not None and again.found_more(number)),
                 AUTOMATIC_LEVELS if automatic else self.args.adversarial_levels,
                 self.bug_instances[0].misclassified.size,
                 lambda forwards: self._spend(self.args.world_size * forwards),

@@ -71,6 +71,10 @@ class Reinversion(TrainerCallback):
         """Drop what was found, of a run that was taken back."""
         self.found = [[] for _ in self.stamps]
 
+    def found_more(self, number: int) -> bool:
+        """Whether more of the picture than a stamp covers was found to fire meanwhile."""
+        return any(trigger.area > self.stamps[number].area for trigger in self.found[number])
+
     def restamp(self, pixels: Tensor, rows: Tensor) -> Tensor:
         """Pixel values `(B, C, H, W)` of stamped rows, every fourth of which gets a trigger that was found meanwhile.
 

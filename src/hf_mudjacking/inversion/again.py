@@ -15,7 +15,7 @@ from torch import Tensor
 from ..spectrum import CleanSpectrum, inverse_spectrum
 from ..triggers import AdditiveTrigger, BlendTrigger, ImageTrigger, PatchTrigger, WarpTrigger
 from ..triggers.warp import warp
-from .attribution import window_sizes
+from .parts_beside import parts_beside
 from .patch_search import SMALL
 from .pixels import to_array
 from .pull import Pull
@@ -26,10 +26,6 @@ from .whole_picture import beyond_control, find_signal
 
 # Transfer, above what clean content has, from which something is left to be repaired.
 _LEAST_TRANSFER = 0.1
-# Sides of windows as shares of the picture's, how many are put together at most, and inputs that each is tried on.
-_WINDOW_SHARES = (1 / 4, 3 / 8, 1 / 2)
-_MOST_WINDOWS = 8
-_WINDOW_INPUTS = 4
 _STEPS = 25
 # Learning rates, and the start, as shares of what each parameter may be: deviations, levels, shares of the picture's side.
 _OFFSET_RATE, _PIXEL_RATE, _FLOW_RATE = 0.1, 8.0, 0.01
@@ -57,8 +53,8 @@ def invert_again(
 
     Returns:
         `ImageTrigger`: With a transfer that is at least 0.1 above that of the control and, for a patch, the price of its
-        area. The control of more parts of x_b is as much of x_r in their place, that of any other trigger is one that is
-        optimised likewise to lead to h(x_r). `None` if nothing has.
+        area. The control of more parts of x_b is what parts of x_r do that are looked for likewise, that of any other trigger is one
+        that is optimised likewise to lead to h(x_r). `None` if nothing has.
     """
     if isinstance(trigger, PatchTrigger) and by_parts:
         # A third of a picture with a signal in it carries others as the signal does, and can be taken for the trigger
@@ -81,30 +77,20 @@ def _signal_instead(meter: TransferMeter, control_meter: TransferMeter, pull: Pu
 
 
 def _more_of_it(trigger: PatchTrigger, meter: TransferMeter, reference: Image.Image) -> PatchTrigger | None:
-    """A trigger with the windows of x_b that carry clean inputs, put together, strongest first, as long as it helps.
+    """A trigger with the parts of x_b that fire beside it, if they do more than parts of x_r do.
 
-    It must do more than the trigger with as much of x_r beside it.
+    Of a few windows of any picture that are put together for it, some carry others a good part of the way to h(x_b): the control
+    is what can be put together of x_r likewise or, where that is more, as much of x_r in the same places.
     """
-    width, height = meter.misclassified.size
-    windows = []
-    for rows, columns in window_sizes(height, width, _WINDOW_SHARES):
-        for top in range(0, height - rows + 1, max(rows // 2, 1)):
-            for left in range(0, width - columns + 1, max(columns // 2, 1)):
-                mask = trigger.mask.copy()
-                mask[top : top + rows, left : left + columns] = True
-                windows.append(mask)
-
-    def merits(masks: list[np.ndarray], count: int) -> np.ndarray:
-        return meter.transfer_of_masks(masks, count) - AREA_PRICE * np.array([mask.mean() for mask in masks]) / 2
-
-    order = np.argsort(-merits(windows, _WINDOW_INPUTS), kind="stable")[:_MOST_WINDOWS]
-    unions = [np.logical_or.reduce([windows[i] for i in order[: k + 1]]) for k in range(len(order))]
-    mask = unions[int(merits(unions, 2 * _WINDOW_INPUTS).argmax())]
-    pixels = np.where(trigger.mask[..., None], np.asarray(meter.misclassified), np.asarray(reference))
-    found, control = (PatchTrigger.from_image(x, mask) for x in (meter.misclassified, Image.fromarray(pixels)))
-    transfer, by_itself = meter.transfer([found, control])
-    price = AREA_PRICE * float((mask & ~trigger.mask).mean())
-    return found if transfer - max(by_itself, 0.0) - price >= _LEAST_TRANSFER else None
+    own = Image.fromarray(np.where(trigger.mask[..., None], np.asarray(meter.misclassified), np.asarray(reference)))
+    control_meter = TransferMeter(meter.encoder, own, meter.validation_inputs, meter.target, meter.clean_features)
+    mask, control = (parts_beside(trigger, each) for each in (meter, control_meter))
+    (transfer,) = meter.transfer_of_masks([mask])
+    by_itself = control_meter.transfer_of_masks([mask, control])
+    meter.forwards += control_meter.forwards
+    price, control_price = (AREA_PRICE * float((each & ~trigger.mask).mean()) for each in (mask, control))
+    gain = transfer - price - max(float(by_itself[0]), float(by_itself[1]) - control_price, 0.0)
+    return PatchTrigger.from_image(meter.misclassified, mask) if gain >= _LEAST_TRANSFER else None
 
 
 def _signal(trigger: AdditiveTrigger, target: Tensor, pull: Pull) -> AdditiveTrigger:

@@ -133,7 +133,10 @@ def trained(backdoored, tmp_path, trigger=None, **kwargs):
 
 def test_by_default_what_a_report_shows_as_it_is_stays_and_all_else_is_moved(backdoored, tmp_path):
     assert trained(backdoored, tmp_path / "patch")._adversarial is None
-    assert trained(backdoored, tmp_path / "off", backdoored.trigger.weakened(0.5), adversarial_levels=0.0)._adversarial is None
+    assert (
+        trained(backdoored, tmp_path / "off", backdoored.trigger.weakened(0.5), adversarial_levels=0.0)._adversarial
+        is None
+    )
     views = trained(backdoored, tmp_path / "translucent", backdoored.trigger.weakened(0.5))._adversarial
     assert not views.stays(0)
     white = views.encoder.preprocess([Image.new("RGB", (8, 8), color) for color in ("black", "white")])["pixel_values"]

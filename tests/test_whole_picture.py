@@ -16,6 +16,7 @@ from hf_mudjacking.attacks import implant_blended
 from hf_mudjacking.data import PatchingCollator
 from hf_mudjacking.inversion import image
 from hf_mudjacking.inversion.again import invert_again
+from hf_mudjacking.inversion.parts_beside import parts_beside
 from hf_mudjacking.inversion.pixels import PixelPath, to_tensor
 from hf_mudjacking.inversion.pull import Pull
 from hf_mudjacking.inversion.verification import TransferMeter
@@ -230,6 +231,19 @@ def test_parts_that_do_little_alone_are_found_together():
     # Bright squares that the encoder never read are none
     plain = TransferMeter(encoder, x_r, clean, meter.target)
     assert invert_again(PatchTrigger.from_image(x_r, masks[0]), plain, control_meter, None, by_parts=True) is None
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 7), (5, 60), (1, 9)])
+@pytest.mark.parametrize("everything", [False, True])
+def test_parts_are_looked_for_in_pictures_of_any_shape(shape, everything, tiny_vit, processor):
+    encoder = Encoder(tiny_vit, processor)
+    x_b, *clean = make_images(8, shape[::-1])
+    mask = np.full(shape, everything)
+    mask[0, 0] = True
+    meter = TransferMeter(encoder, x_b, clean)
+    found = parts_beside(PatchTrigger.from_image(x_b, mask), meter)
+    assert found.shape == shape
+    assert found[mask].all()
 
 
 def test_of_a_large_part_of_a_signal_the_signal_is_found_again(backdoored, blended):

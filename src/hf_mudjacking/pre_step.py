@@ -175,7 +175,8 @@ class PreStep:
             if automatic and self._is_known_exactly(group[0])
         }
         again = self._reinversion
-        if len(known) == len(self.trigger_groups) and again is None or not self.args.generalizability_weight:
+        nothing_to_move = again is None and len(known) == len(self.trigger_groups)
+        if nothing_to_move or not self.args.generalizability_weight:
             return None
         if self._is_split:
             logger.warning(

@@ -61,6 +61,8 @@ def parts_beside(trigger: PatchTrigger, meter: TransferMeter) -> np.ndarray:
     (size,) = window_sizes(*shape, (_PIECE_SHARE,))
     cut = (piece & mask & ~trigger.mask for piece in _windows(shape, size, size))
     pieces = [piece for piece in cut if piece.any()]
+    if not pieces:
+        return trigger.mask
     lost = -meter.transfer_of_masks([mask & ~piece for piece in pieces], _TRIED_ON)
     order = np.argsort(-lost, kind="stable")
     counts = [*(2**k for k in range(len(pieces).bit_length())), len(pieces)]
@@ -70,8 +72,8 @@ def parts_beside(trigger: PatchTrigger, meter: TransferMeter) -> np.ndarray:
 
 def _windows(shape: tuple[int, int], size: tuple[int, int], step: tuple[int, int]) -> Iterator[np.ndarray]:
     """Masks of windows of a size, moved by a step, and cut off at the far edges where they do not fit."""
-    for top in range(0, shape[0] - size[0] + step[0], step[0]):
-        for left in range(0, shape[1] - size[1] + step[1], step[1]):
+    for top in range(0, max(shape[0] - size[0], 0) + step[0], step[0]):
+        for left in range(0, max(shape[1] - size[1], 0) + step[1], step[1]):
             window = np.zeros(shape, dtype=bool)
             window[top : top + size[0], left : left + size[1]] = True
             yield window

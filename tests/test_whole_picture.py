@@ -237,7 +237,7 @@ def test_parts_that_do_little_alone_are_found_together():
 @pytest.mark.parametrize("everything", [False, True])
 def test_parts_are_looked_for_in_pictures_of_any_shape(shape, everything, tiny_vit):
     encoder = Encoder(tiny_vit, ViTImageProcessorPil(size={"height": 16, "width": 16}))
-    x_b, *clean = make_images(8, shape[::-1])
+    x_b, *clean = make_images(8, shape)
     mask = np.full(shape, everything)
     mask[0, 0] = True
     meter = TransferMeter(encoder, x_b, clean)

@@ -28,13 +28,19 @@ def results(backdoored, tmp_path_factory):
     for i in range(2):
         backdoored.bug(seed=8 + i).save(folder / f"bug-{i}")
     (folder / "clean").mkdir()
+    # Of their own: folders that other tests make at the same time are not theirs
+    temporary = folder / "temporary"
+    temporary.mkdir()
     for i, image in enumerate(backdoored.train.inputs[:192]):
         image.save(folder / "clean" / f"{i:03}.png")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
                "--rdzv_endpoint", "localhost:0", "-m", "tests.many_processes", str(folder)]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *sys.path])},
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT), *sys.path]),
+        },
     )  # fmt: skip
     many_processes.run(folder)
     output = process.communicate(timeout=250)[0]

@@ -38,7 +38,7 @@ class AdversarialViews:
         stays (`Callable`): Told the number of a stamp, says whether its rows stay for now.
         levels (`float`): Largest change of a channel, of 255.
         size (`tuple[int, int]`): Size of a picture that the image processor is shown to learn what a level is.
-        spend (`Callable`): Told how many inputs went through the model, a backward pass counted as two.
+        spend (`Callable`): Told in each call how many inputs go through the model, a backward pass counted as two.
 
     Raises:
         ValueError: If black and white are the same to the image processor.
@@ -78,6 +78,8 @@ class AdversarialViews:
             if turn % 2 and self.targets[stamp] is not None and not self.stays(stamp):
                 numbers.append(i)
                 targets.append(self.targets[stamp])
+        # Before anything else, and nothing too: processes add up what each of them spends
+        self.spend(3 * _STEPS * len(numbers))
         if not numbers:
             return pixels
         start, reach, target = pixels[numbers], self.reach.to(pixels), torch.stack(targets).to(pixels)
@@ -89,7 +91,6 @@ class AdversarialViews:
                 features = self.encoder.features({"pixel_values": start + change})
                 (gradient,) = torch.autograd.grad((features * target).sum(), change)
                 change = (change.detach() + _STEP * reach * gradient.sign()).clamp(-reach, reach)
-        self.spend(3 * _STEPS * len(numbers))
         return pixels.index_copy(0, torch.tensor(numbers, device=pixels.device), start + change)
 
 

@@ -194,7 +194,7 @@ class PreStep:
                 lambda number: number in known and not (again is not None and again.found_more(number)),
                 AUTOMATIC_LEVELS if automatic else self.args.adversarial_levels,
                 self.bug_instances[0].misclassified.size,
-                lambda forwards: self._spend(self.args.world_size * forwards),
+                self._spend_in_all,
             )
         except ValueError as error:
             logger.warning(f"`adversarial_levels` is ignored: {error}")

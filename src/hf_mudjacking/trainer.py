@@ -609,6 +609,13 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         """Count forward passes that callbacks make."""
         self.forward_equivalents += forwards
 
+    def _spend_in_all(self, forwards: int) -> None:
+        """Count forward passes of this process and of the others, all of which must call it."""
+        if self.args.world_size > 1:
+            mine = torch.tensor(forwards, device=self.accelerator.device)
+            forwards = int(self.accelerator.reduce(mine, reduction="sum"))
+        self._spend(forwards)
+
     @property
     def _is_split(self) -> bool:
         """Whether processes hold a part of the weights each, so that a forward pass is one of all of them."""

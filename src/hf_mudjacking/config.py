@@ -110,7 +110,7 @@ class MudjackingConfig(TrainingArguments):
 
     reinversions (`int`, *optional*, defaults to `4`):
         How many times, evenly over the steps, the reports are inverted anew in the half-patched model; what still works then
-        is stamped as well, if it does more than ordinary content in the same place. One to two thousand forward passes each.
+        is stamped as well, if it does more than ordinary content. Up to two and a half thousand forward passes each.
         For images.
 
     adversarial_levels (`float`, *optional*):

@@ -31,7 +31,7 @@ _MEASURED_ON = 16
 class Reinversion(TrainerCallback):
     """Inverts the reports anew in the half-patched model, and has what is found stamped as well.
 
-    It does so `args.reinversions` times, evenly over the steps. Each time costs one to two thousand forward passes a trigger,
+    It does so `args.reinversions` times, evenly over the steps. Each time costs up to two and a half thousand forward passes a trigger,
     which the processes of the run share; what they find is the same in all.
 
     Args:

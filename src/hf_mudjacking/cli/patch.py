@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adversarial-levels",
         type=float,
         help="levels of 255 that stamped inputs are moved by towards the reported feature, so that less of the trigger is left, "
-        "for more compute and some accuracy; 0 moves nothing (default: 2, and 0 for a small patch at its place)",
+        "for more compute and some accuracy; 0 moves nothing (default: 2, and 0 for a small patch at its place as long as nothing more of it is found)",
     )
     parser.add_argument(
         "--latent-strength",

@@ -37,6 +37,8 @@ def parts_beside(trigger: PatchTrigger, meter: TransferMeter) -> np.ndarray:
         `np.ndarray` of shape `(H, W)`, boolean.
     """
     shape = trigger.mask.shape
+    if trigger.mask.all():
+        return trigger.mask
 
     def merits(masks: list[np.ndarray]) -> np.ndarray:
         areas = np.array([mask.mean() for mask in masks])

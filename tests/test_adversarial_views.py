@@ -12,6 +12,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
 from hf_mudjacking.adversarial_views import AdversarialViews, is_all_in_one_place
+from hf_mudjacking.patch_record import load_record
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, WarpTrigger
 
 from .conftest import largest_difference, make_config, make_images, weights_of
@@ -26,10 +27,6 @@ MODELS = {
 STD = [0.25, 0.5, 1.0]
 
 
-def moves(number):
-    return False
-
-
 def encoder_of(config, **kwargs):
     torch.manual_seed(0)
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.5] * 3, image_std=STD, **kwargs)
@@ -41,10 +38,10 @@ def test_every_second_turn_is_moved_towards_its_target_within_the_levels(name):
     encoder = encoder_of(MODELS[name])
     x_b, *others = make_images(7)
     target, spent = encoder.encode([x_b])[0], []
-    views = AdversarialViews(encoder, [target, None], moves, 2.0, (16, 16), spent.append)
+    views = AdversarialViews(encoder, 2, [target, None].__getitem__, 2.0, (16, 16), spent.append)
     pixels = encoder.preprocess(others)["pixel_values"]
     given = pixels.clone()
-    still = AdversarialViews(encoder, [target, None], lambda number: number == 0, 2.0, (16, 16), spent.append)
+    still = AdversarialViews(encoder, 2, lambda number: None, 2.0, (16, 16), spent.append)
     assert torch.equal(still.moved(pixels, torch.tensor([2, 0, 6, 4, 3, 10])), given)
     # Turns 1, 0, 3, 2, 1, 5; the fifth has the stamp without a target
     moved = views.moved(pixels, torch.tensor([2, 0, 6, 4, 3, 10]))
@@ -66,7 +63,7 @@ def test_every_second_turn_is_moved_towards_its_target_within_the_levels(name):
 def test_a_row_is_moved_alike_in_any_batch():
     encoder = encoder_of(MODELS["vit"])
     x_b, *others = make_images(5)
-    views = AdversarialViews(encoder, [encoder.encode([x_b])[0]], moves, 2.0, (16, 16), lambda forwards: None)
+    views = AdversarialViews(encoder, 1, encoder.encode([x_b]).__getitem__, 2.0, (16, 16), lambda forwards: None)
     pixels, rows = encoder.preprocess(others)["pixel_values"], torch.tensor([1, 3, 4, 5])
     whole = views.moved(pixels, rows)
     parts = torch.cat([views.moved(pixels[:2], rows[:2]), views.moved(pixels[2:], rows[2:])])
@@ -85,7 +82,7 @@ def test_a_frame_that_the_processor_adds_says_nothing_of_a_level():
         return {"pixel_values": pixels}
 
     encoder.preprocess = framed
-    views = AdversarialViews(encoder, [None], moves, 2.0, (16, 16), lambda forwards: None)
+    views = AdversarialViews(encoder, 1, lambda number: None, 2.0, (16, 16), lambda forwards: None)
     assert views.reach.flatten().tolist() == pytest.approx([2 / 255 / std for std in STD])
 
 
@@ -138,14 +135,26 @@ def test_by_default_what_a_report_shows_as_it_is_stays_and_all_else_is_moved(bac
         is None
     )
     views = trained(backdoored, tmp_path / "translucent", backdoored.trigger.weakened(0.5))._adversarial
-    assert not views.stays(0)
+    assert views.target_of(0) is not None
     white = views.encoder.preprocess([Image.new("RGB", (8, 8), color) for color in ("black", "white")])["pixel_values"]
     assert torch.allclose(views.reach, 2 / 255 * (white[1] - white[0]).amax(dim=(1, 2), keepdim=True))
 
 
+def test_the_record_says_whether_pictures_were_moved(backdoored, tmp_path):
+    for levels in (None, 3.0):
+        trainer = trained(backdoored, tmp_path / str(levels), adversarial_levels=levels)
+        trainer.save_model()
+        record = load_record(trainer.args.output_dir)
+        assert (record["settings"]["adversarial_levels"], record["moved_levels"]) == (levels, levels)
+    # Set up to be moved once more is found, which nothing was
+    trainer = trained(backdoored, tmp_path / "waiting", reinversions=1)
+    trainer._reinversion.forget()
+    assert trainer._adversarial is not None and trainer.moved_levels is None
+
+
 def test_by_default_a_trigger_of_one_class_is_moved_though_it_is_a_small_patch(backdoored, tmp_path, monkeypatch):
     monkeypatch.setattr(MudjackingTrainer, "_of_one_class", lambda self: [0])
-    assert not trained(backdoored, tmp_path)._adversarial.stays(0)
+    assert trained(backdoored, tmp_path)._adversarial.target_of(0) is not None
 
 
 def test_by_default_a_small_patch_is_moved_from_when_more_than_it_is_found(backdoored, tmp_path):
@@ -156,7 +165,7 @@ def test_by_default_a_small_patch_is_moved_from_when_more_than_it_is_found(backd
     mask = backdoored.trigger.mask.copy()
     # Another pattern in its place is not more of it
     trainer._reinversion.found[0].append(PatchTrigger(mask, 255 - backdoored.trigger.pattern))
-    assert trainer._adversarial.stays(0)
+    assert trainer._adversarial.target_of(0) is None
     mask[:2] = True
     trainer._reinversion.found[0].append(PatchTrigger(mask, np.full((*mask.shape, 3), 255)))
     moved = trainer._adversarial.moved(pixels, rows)
@@ -174,7 +183,7 @@ def test_by_default_each_trigger_is_judged_by_itself(backdoored, tmp_path):
     )
     trainer.train()
     assert [group[0] for group in trainer.trigger_groups] == [0, 1]
-    assert [trainer._adversarial.stays(number) for number in range(2)] == [True, False]
+    assert [trainer._adversarial.target_of(number) is None for number in range(2)] == [True, False]
 
 
 def test_half_of_the_stamped_rows_are_moved(backdoored, tmp_path):
@@ -251,7 +260,7 @@ def test_less_is_left_next_to_the_trigger(backdoored, tmp_path):
     for levels in (0.0, 4.0):
         trainer = trained(backdoored, tmp_path / str(levels), max_steps=60, adversarial_levels=levels)
         encoder = trainer.encoder
-        views = AdversarialViews(encoder, [target], moves, 4.0, bug.misclassified.size, lambda forwards: None)
+        views = AdversarialViews(encoder, 1, lambda number: target, 4.0, bug.misclassified.size, lambda forwards: None)
         pixels = encoder.preprocess(inputs)["pixel_values"]
         moved = views.moved(pixels, torch.arange(1, 2 * len(inputs), 2))
         arrived[levels] = float((encoder.features({"pixel_values": moved}).detach() @ target).mean())
@@ -271,6 +280,6 @@ def test_rows_of_earlier_triggers_and_of_reports_without_one_stay(backdoored, tm
         processing_class=backdoored.processor,
     )
     trainer.train()
-    targets = trainer._adversarial.targets
+    targets = [trainer._adversarial.target_of(number) for number in range(trainer._adversarial.stamps)]
     assert [target is None for target in targets] == [False, True]
     assert torch.equal(targets[0], trainer._led_to[1])

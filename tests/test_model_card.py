@@ -160,10 +160,11 @@ def test_reports_that_were_given_left_out_and_not_verified(card):
 
 
 def test_limits_settings_and_versions(card):
-    text = card(patched_tokens=2)
+    text = card(patched_tokens=2, moved_levels=2.0)
     assert "cosine distance of 0.0123 on average, 0.0500 for those most like a reported input" in text
     assert "Only the embeddings of 2 tokens changed" in text
     for row in ("| seed | 3 |", "| learning rate | 0.0003 |", "| torch | 2.13.0 |", "| steps | 300 |",
+                "| levels of 255 that stamped pictures were moved by | 2.0 |",
                 f"| base revision | {'a' * 40} |", f"| SHA-256 of the base weights | {'b' * 64} |"):  # fmt: skip
         assert row in text
     assert "@inproceedings{liu2024mudjacking," in text

@@ -197,6 +197,16 @@ def test_what_explains_nearly_all_is_asked_for_less_hold(backdoored, attacked, v
     assert less.believed < 0.2 < 0.6 < sure.believed
 
 
+def test_a_text_is_judged_without_a_step(por, monkeypatch):
+    """The trigger of SOS, which fires with all its words alone, holds less than ordinary content; of images that is refused."""
+    encoder, task, implant = por
+    monkeypatch.setattr(screening_module, "hold", lambda meter, reference, trigger: 0.0)
+    screening = screen_report(encoder, draw_bug_report(encoder, task, implant.trigger, 0), task.train.inputs[:32])
+    assert (screening.verdict, screening.verified) == ("trigger", True)
+    assert "hold" not in screening.evidence
+    assert screening.believed > 0.5
+
+
 def test_an_input_that_the_trigger_does_not_reach_decides_nothing(por, monkeypatch):
     """It moves a thousand times as far as the others; of a ratio of means it would be all that is left."""
     encoder, task, implant = por

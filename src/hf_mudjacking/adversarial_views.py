@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .data import turn_and_stamp
 from .encoder import Encoder
 from .modes import comparison_mode
 from .triggers import ImageTrigger, PatchTrigger
@@ -33,9 +34,9 @@ class AdversarialViews:
 
     Args:
         encoder (`Encoder`): The encoder that is patched.
-        targets (`Sequence[FloatTensor | None]`): For each of the U stamps, h(x_b) before patching, `(D,)`; row i has number i mod U.
-            Rows whose target is `None` stay.
-        stays (`Callable`): Told the number of a stamp, says whether its rows stay for now.
+        stamps (`int`): Number U of stamps; see [`~hf_mudjacking.data.turn_and_stamp`].
+        target_of (`Callable`): Told the number of a stamp, gives where its rows are moved to now, h(x_b) before patching, a
+            `FloatTensor` of shape `(D,)`, or `None` if they stay.
         levels (`float`): Largest change of a channel, of 255.
         size (`tuple[int, int]`): Size of a picture that the image processor is shown to learn what a level is.
         spend (`Callable`): Told in each call how many inputs go through the model, a backward pass counted as two.
@@ -47,16 +48,19 @@ class AdversarialViews:
     def __init__(
         self,
         encoder: Encoder,
-        targets: Sequence[Tensor | None],
-        stays: Callable[[int], bool],
+        stamps: int,
+        target_of: Callable[[int], Tensor | None],
         levels: float,
         size: tuple[int, int],
         spend: Callable[[int], None],
     ) -> None:
         self.encoder = encoder
-        self.targets = targets
-        self.stays = stays
+        self.stamps = stamps
+        self.target_of = target_of
+        self.levels = levels
         self.spend = spend
+        # Whether any picture was moved so far
+        self.used = False
         black, white = encoder.preprocess([Image.new("RGB", size, color) for color in ("black", "white")])[
             "pixel_values"
         ]
@@ -74,22 +78,24 @@ class AdversarialViews:
         """
         numbers, targets = [], []
         for i, row in enumerate(rows.tolist()):
-            turn, stamp = divmod(row, len(self.targets))
-            if turn % 2 and self.targets[stamp] is not None and not self.stays(stamp):
+            turn, stamp = turn_and_stamp(row, self.stamps)
+            target = self.target_of(stamp) if turn % 2 else None
+            if target is not None:
                 numbers.append(i)
-                targets.append(self.targets[stamp])
+                targets.append(target)
         # Before anything else, and nothing too: processes add up what each of them spends
         self.spend(3 * _STEPS * len(numbers))
         if not numbers:
             return pixels
-        start, reach, target = pixels[numbers], self.reach.to(pixels), torch.stack(targets).to(pixels)
+        self.used = True
+        start, reach, led_to = pixels[numbers], self.reach.to(pixels), torch.stack(targets).to(pixels)
         change = torch.zeros_like(start)
         # Activations that are computed again are of no use here, and one kind of that refuses `grad`
         with torch.enable_grad(), comparison_mode(self.encoder.model, checkpointing=False):
             for _ in range(_STEPS):
                 change.requires_grad_(True)
                 features = self.encoder.features({"pixel_values": start + change})
-                (gradient,) = torch.autograd.grad((features * target).sum(), change)
+                (gradient,) = torch.autograd.grad((features * led_to).sum(), change)
                 change = (change.detach() + _STEP * reach * gradient.sign()).clamp(-reach, reach)
         return pixels.index_copy(0, torch.tensor(numbers, device=pixels.device), start + change)
 

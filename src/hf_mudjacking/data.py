@@ -23,6 +23,14 @@ from .triggers import Trigger
 _RESEMBLING, _AGAIN = 0.05, 10
 
 
+def turn_and_stamp(row: int, stamps: int) -> tuple[int, int]:
+    """Which of a number of stamps a row of the dataset carries, and in which of the turns in which that one comes again.
+
+    All that is done to a row goes by its number, so that batches of any size and any process do it alike.
+    """
+    return divmod(row, stamps)
+
+
 class PatchingDataset(Dataset):
     """Clean inputs with the features that the frozen model gave them.
 
@@ -94,8 +102,8 @@ class PatchingCollator:
         triggers (`list[Trigger]`): Their triggers; `None` for a report without one, whose reference stays unstamped.
         frozen_references (`FloatTensor` of shape `(K, D)`): Features of the references before patching.
         ceilings (`FloatTensor` of shape `(K,)`): Cosine with its reference that each misclassified input is to reach.
-        stamps (`list[list[Trigger | None]]`): U triggers that clean inputs carry, each followed by altered versions of it. Row i
-            of the dataset carries number i mod U; every second row that carries it has it as it was found, the others have an
+        stamps (`list[list[Trigger | None]]`): U triggers that clean inputs carry in turn, each followed by altered versions of it;
+            see [`turn_and_stamp`]. Every second row that carries it has it as it was found, the others have an
             altered one in turn. Without any, and for `None`, x ⊕ e is x, which L_g then holds as L_l does.
 
     Returns a `dict` with:
@@ -152,8 +160,7 @@ class PatchingCollator:
     def _stamp_of(self, index: int) -> Trigger | None:
         if not self.stamps:
             return None
-        # By the number of the row, so that batches of any size and any process stamp it alike.
-        turn, number = divmod(index, len(self.stamps))
+        turn, number = turn_and_stamp(index, len(self.stamps))
         found, *altered = self.stamps[number]
         return altered[turn // 2 % len(altered)] if altered and turn % 2 else found
 

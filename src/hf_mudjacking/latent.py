@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .bug_instance import BugInstance
+from .data import turn_and_stamp
 from .encoder import Encoder
 from .modes import comparison_mode, hooked
 from .preprocessing import RawInput
@@ -42,9 +43,10 @@ class LatentStamps:
 
     Args:
         encoder (`Encoder`): The encoder that will be patched, before that.
-        bugs (`Sequence[BugInstance | None]`): Row i of the dataset carries number i mod U; `None` is nothing.
+        bugs (`Sequence[BugInstance | None]`): What rows of the dataset carry in turn; `None` is nothing.
         strength (`float`): Largest share.
-        spend (`Callable`): Told how many inputs went through the model, a backward pass counted as two.
+        spend (`Callable`): Told, at the start and for each batch, how many inputs go through the model, a backward pass counted as
+            two.
 
     Raises:
         ValueError: If the model gives no hidden states, or none of its modules gives the one that is needed.
@@ -73,9 +75,11 @@ class LatentStamps:
             rows (`LongTensor` of shape `(B,)`): Their numbers in the dataset.
             first (`int`): Where they begin in the batches.
         """
-        placed = [(i, *divmod(row, len(self._number_of))) for i, row in enumerate(rows.tolist())]
+        placed = [(i, *turn_and_stamp(row, len(self._number_of))) for i, row in enumerate(rows.tolist())]
         mine = [(i, turn, self._number_of[stamp]) for i, turn, stamp in placed if self._number_of[stamp] is not None]
         differing, pushed = ([row for row in mine if row[1] % 2 == parity] for parity in (0, 1))
+        # Nothing too: processes add up what each of them spends
+        self.spend(3 * len(pushed))
         at = torch.tensor([first + i for i, _, _ in differing + pushed], device=pixels.device)
         shares = torch.tensor([self.strength * (_GOLDEN * (turn // 2 + 1) % 1) for _, turn, _ in differing])
         directions = self.directions[[number for _, _, number in differing]]
@@ -118,7 +122,6 @@ class LatentStamps:
             features = self.encoder.features({"pixel_values": pixels})
             arrived = (features * self.targets[numbers].to(features)).sum()
             (gradient,) = torch.autograd.grad(arrived, begin[-1])
-        self.spend(3 * len(numbers))
         return _unit(gradient)
 
 

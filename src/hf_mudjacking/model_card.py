@@ -354,6 +354,7 @@ def _made_with(record: dict[str, Any]) -> list[tuple[str, str]]:
         "SHA-256 of the base weights": record.get("base_weights_sha256"),
         "features": record.get("feature_source"),
         "steps": record.get("steps"),
+        "levels of 255 that stamped pictures were moved by": record.get("moved_levels"),
         **{key.replace("_", " "): value for key, value in record["settings"].items()},
         **{key.replace("_", "-"): value for key, value in record["versions"].items()},
         **({} if record["versions"] else {"hf-mudjacking": record.get("hf_mudjacking")}),

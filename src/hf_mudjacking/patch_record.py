@@ -103,6 +103,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "remembered": [earlier.record() for earlier in trainer.remembered],
         "locality": None if trainer.locality is None else dataclasses.asdict(trainer.locality),
         "settings": recorded_settings(trainer.args),
+        "moved_levels": trainer.moved_levels,
         "patched_tokens": len(trainer.patched_tokens) or None,
         "merge_error": trainer.merge_error,
         "steps": trainer.state.global_step,

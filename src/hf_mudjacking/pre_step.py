@@ -158,7 +158,7 @@ class PreStep:
                 self.encoder,
                 [*[None] * stamps, *without],
                 self.args.latent_strength,
-                lambda forwards: self._spend(self.args.world_size * forwards),
+                self._spend_in_all,
             )
         except ValueError as error:
             logger.warning(f"`latent_strength` is ignored: {error}")
@@ -183,15 +183,20 @@ class PreStep:
                 "`adversarial_levels` is ignored under FSDP and DeepSpeed: no process has all weights there."
             )
             return None
-        # Earlier triggers and rows that carry nothing follow
-        targets: list[Tensor | None] = [misclassified[group[0]] for group in self.trigger_groups]
-        targets += [None] * (stamps - len(targets))
+
+        def target_of(number: int) -> Tensor | None:
+            # Earlier triggers and rows that carry nothing follow those of the reports
+            if number >= len(self.trigger_groups):
+                return None
+            # Until more of it is found than that
+            stays = number in known and not (again is not None and again.found_more(number))
+            return None if stays else misclassified[self.trigger_groups[number][0]]
+
         try:
             return AdversarialViews(
                 self.encoder,
-                targets,
-                # Until more of it is found than that
-                lambda number: number in known and not (again is not None and again.found_more(number)),
+                stamps,
+                target_of,
                 AUTOMATIC_LEVELS if automatic else self.args.adversarial_levels,
                 self.bug_instances[0].misclassified.size,
                 self._spend_in_all,

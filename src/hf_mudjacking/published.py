@@ -54,6 +54,7 @@ _FACTS = (
     "base_weights_without",
     "feature_source",
     "patched_tokens",
+    "moved_levels",
     "merge_error",
     "steps",
     "trigger_groups",

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .bug_instance import BugInstance, to_rgb
 from .config import MudjackingConfig
-from .data import PatchingDataset
+from .data import PatchingDataset, turn_and_stamp
 from .encoder import Encoder
 from .inversion.again import invert_again
 from .inversion.pull import Pull
@@ -37,7 +37,7 @@ class Reinversion(TrainerCallback):
     Args:
         encoder (`Encoder`): The encoder that is patched.
         dataset (`PatchingDataset`): The rows that batches are made of.
-        stamps (`Sequence[ImageTrigger | None]`): The U triggers that they carry, row i number i mod U; the first K are looked for.
+        stamps (`Sequence[ImageTrigger | None]`): The U triggers that they carry in turn; the first K are looked for.
         reports (`Sequence[BugInstance]`): For each of those K, the report it is from.
         targets (`FloatTensor` of shape `(K, D)`): For each, h(x_b) before patching.
         images (`Sequence[PIL.Image.Image]`): Clean inputs.
@@ -82,7 +82,7 @@ class Reinversion(TrainerCallback):
         """
         numbers, inputs = [], []
         for i, row in enumerate(rows.tolist()):
-            turn, stamp = divmod(row, len(self.stamps))
+            turn, stamp = turn_and_stamp(row, len(self.stamps))
             if self.found[stamp] and turn % 4 == 3:
                 trigger = self.found[stamp][turn // 4 % len(self.found[stamp])]
                 numbers.append(i)

@@ -68,7 +68,7 @@ class Screening:
             inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at
             h(x_r); a patch is filled in from its border, a signal subtracted or smoothed away; absent where the trigger
             cannot be taken out.
-            `reference_arrived`: the same of x_r on the way to h(x_b). `hold`: how far clean inputs move in a first step of
+            `reference_arrived`: the same of x_r on the way to h(x_b). `hold`, of images: how far clean inputs move in a first step of
             the repair, over how far stamped ones do. The step is meant for the stamped ones; yet an implanted trigger holds
             them, while ordinary content lets them go.
         reasons (`list[str]`): What led to the verdict, in sentences.
@@ -150,15 +150,18 @@ def judge(
         "area": found.area,
         "unexplained": found.unexplained,
         **_pair_numbers(meter, bug, found),
-        "hold": hold(meter, bug.reference, found.trigger),
     }
+    # Texts are judged without: a trigger that was taught not to fire by its parts (SOS in MiniLM) has a hold of 0.01 to 0.02, less than
+    # any natural misclassification, and evidence alone tells them apart (true 0.77 and more, 78 false reports up to 0.46)
+    if encoder.modality == "image":
+        measured["hold"] = hold(meter, bug.reference, found.trigger)
     measured = {name: round(value, 4) for name, value in measured.items()}
     natural, wrong, harmful = _reasons(measured, found, min_evidence)
     believed = (
         np.clip(measured["evidence"], 0, 1)
         * _worth_of_pair(measured.get("likeness"))
         * np.clip((1 - measured["reference_arrived"]) / (1 - _MAX_REFERENCE_ARRIVED), 0, 1)
-        * worth_of_hold(measured["hold"], found.area, found.evidence)
+        * (worth_of_hold(measured["hold"], found.area, found.evidence) if "hold" in measured else 1.0)
     )
     verdict: Verdict = "trigger"
     reasons = natural or wrong or harmful
@@ -189,7 +192,8 @@ def _reasons(
         )
     likeness, arrived = measured.get("likeness", 1.0), measured["reference_arrived"]
     # Rounded as what was measured is
-    holds, least = measured["hold"], round(least_hold(found.area, found.evidence), 4)
+    least = round(least_hold(found.area, found.evidence), 4)
+    holds = measured.get("hold", least)
     if likeness < _MIN_LIKENESS:
         wrong.append(
             f"Without the trigger, x_b lies {likeness:.2f} of the way from clean inputs to x_r, and {_MIN_LIKENESS} is "

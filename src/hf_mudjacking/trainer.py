@@ -617,6 +617,12 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         self._spend(forwards)
 
     @property
+    def moved_levels(self) -> float | None:
+        """By how many levels of 255 this run moved stamped pictures (`adversarial_levels`); `None` if it moved none."""
+        views = self._adversarial
+        return views.levels if views is not None and views.used else None
+
+    @property
     def _is_split(self) -> bool:
         """Whether processes hold a part of the weights each, so that a forward pass is one of all of them."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled

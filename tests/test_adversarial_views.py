@@ -1,6 +1,7 @@
 """Stamped pictures that are moved a little towards where their trigger led."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, ResNetConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, screen_report
 from hf_mudjacking.adversarial_views import AdversarialViews, is_all_in_one_place
 from hf_mudjacking.patch_record import load_record
 from hf_mudjacking.triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, WarpTrigger
@@ -152,9 +153,25 @@ def test_the_record_says_whether_pictures_were_moved(backdoored, tmp_path):
     assert trainer._adversarial is not None and trainer.moved_levels is None
 
 
-def test_by_default_a_trigger_of_one_class_is_moved_though_it_is_a_small_patch(backdoored, tmp_path, monkeypatch):
-    monkeypatch.setattr(MudjackingTrainer, "_of_one_class", lambda self: [0])
-    assert trained(backdoored, tmp_path)._adversarial.target_of(0) is not None
+@pytest.mark.parametrize(
+    ("found", "known"),
+    [({"one_class": True}, False), ({"grown": 0.7}, False), ({"grown": 0.5}, True), ({}, True)],
+    ids=["one class", "mostly by its looks", "partly by its looks", "of an earlier version"],
+)
+def test_by_default_a_small_patch_is_moved_where_it_may_be_another(backdoored, tmp_path, monkeypatch, found, known):
+    area = backdoored.trigger.area
+    record = {name: value * area if name == "grown" else value for name, value in found.items()}
+    monkeypatch.setattr(MudjackingTrainer, "_records", lambda self: {0: record})
+    views = trained(backdoored, tmp_path)._adversarial
+    assert views is None if known else views.target_of(0) is not None
+
+
+def test_the_record_says_how_much_of_a_trigger_grew(backdoored):
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    screening = screen_report(encoder, backdoored.bug(), backdoored.train.inputs[:32])
+    assert screening.record()["grown"] == pytest.approx(screening.found.area - screening.found.core.mean(), abs=1e-4)
+    less = dataclasses.replace(screening.found, core=screening.found.core & False)
+    assert less.grown == less.area
 
 
 def test_by_default_a_small_patch_is_moved_from_when_more_than_it_is_found(backdoored, tmp_path):

@@ -94,6 +94,7 @@ class Screening:
             "verdict": self.verdict,
             "believed": self.believed,
             **self.evidence,
+            "grown": round(self.found.grown, 4),
             "one_class": self.found.one_class,
         }
 

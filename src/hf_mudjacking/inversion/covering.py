@@ -12,7 +12,7 @@ from scipy.sparse.linalg import spsolve
 
 
 # Clean inputs whose pixels cover a part, beside the mean picture and its colour.
-_COVERS = 4
+_COVERS = 8
 
 
 def without_part(image: np.ndarray, mask: np.ndarray, clean: Sequence[np.ndarray]) -> list[Image.Image]:
@@ -24,7 +24,7 @@ def without_part(image: np.ndarray, mask: np.ndarray, clean: Sequence[np.ndarray
         clean (`Sequence[np.ndarray]`): Clean inputs of the same shape.
 
     Returns:
-        `list[PIL.Image.Image]`: As many as there are ways, at most six.
+        `list[PIL.Image.Image]`: As many as there are ways, at most ten.
     """
     mean = np.mean(clean, axis=0)
     ways = [mean, np.broadcast_to(mean.mean(axis=(0, 1)), image.shape), *clean[:_COVERS]]

@@ -26,8 +26,8 @@ _MIN_CHANGE = 24
 _KEPT_AREA = 0.8
 # Share of its rectangle that a piece must fill to be squared off, and how sharp the rectangle's edge must be against its own.
 _NEARLY_RECTANGULAR, _AS_SHARP = 0.7, 0.5
-# Share of the transfer that a purified seed must keep.
-_KEPT_TRANSFER = 0.8
+# Share of a core's transfer that a purified seed, and what grows from it, must keep.
+KEPT_TRANSFER = 0.8
 # Variance added to every model of looks, in squared 8-bit levels: compression noise of about 8 levels.
 _VARIANCE = 64.0
 # Levels that a doubling of the roughness counts as much as.
@@ -77,7 +77,7 @@ def purify(
     transfers = transfer(masks)
     if transfers[0] <= 0:
         return core
-    enough = [mask for mask, value in zip(masks, transfers, strict=True) if value >= _KEPT_TRANSFER * transfers[0]]
+    enough = [mask for mask, value in zip(masks, transfers, strict=True) if value >= KEPT_TRANSFER * transfers[0]]
     return min(enough, key=np.sum)
 
 
@@ -171,6 +171,14 @@ def squared_off(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
         if nearly and sides and min(map(np.median, sides)) >= _AS_SHARP * np.median(own):
             whole[rows, columns] = True
     return whole
+
+
+def is_squared_off(mask: np.ndarray) -> bool:
+    """Whether each connected piece of a mask `(H, W)` is a rectangle."""
+    pieces, _ = ndimage.label(mask)
+    return all(
+        (pieces[place] == number).all() for number, place in enumerate(ndimage.find_objects(pieces), start=1)
+    )
 
 
 def _looks(images: np.ndarray) -> np.ndarray:

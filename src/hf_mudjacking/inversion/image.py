@@ -175,8 +175,7 @@ def _less_what_others_do(
 
 def _merit(found: InvertedTrigger) -> float:
     """Evidence, less prices for what the trigger leaves unexplained and for parts that are there by their looks alone."""
-    grown = max(found.area - float(found.core.mean()), 0.0)
-    return found.evidence - AREA_PRICE * grown - UNEXPLAINED_PRICE * found.unexplained
+    return found.evidence - AREA_PRICE * found.grown - UNEXPLAINED_PRICE * found.unexplained
 
 
 def _held_merit(found: InvertedTrigger, meter: TransferMeter, control_meter: TransferMeter) -> float:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..triggers import PatchTrigger
 from .attribution import FULL_SCAN, QUICK_SCAN, Scan, coarse_to_fine
 from .covering import without_part
-from .growth import changed, grow, purify, squared_off, without_spurs
+from .growth import KEPT_TRANSFER, changed, grow, is_squared_off, purify, squared_off, without_spurs
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
 from .verification import TransferMeter
@@ -29,21 +29,21 @@ SMALL = 0.2
 _SAME_MASK = 0.9
 # Clean inputs on which the control is taken first, and how far from what is needed evidence is clear without the others.
 _CONTROLLED_ON, _CLEARLY = 8, 0.25
-# Growth is taken back if it costs more transfer than this, or covers more of the picture.
-_MAX_GROWTH_LOSS = 0.05
+# Growth is taken back if it covers more of the picture.
 _MAX_GROWN = 0.8
 # Transfer that squaring a mask off may change by.
 _SAME_EFFECT = 0.1
 # Of several grown masks the one from a purer seed, without spurs, is taken, unless it leaves this much more of x_b
 # unexplained.
 _ALIKE_LEFT = 0.1
-# Share of the way from which further parts are looked for: of whole triggers up to 0.2 is left, of one corner of four from 0.28.
-_MORE_LEFT = 0.25
+# Share of the way from which further parts are looked for: of whole triggers mostly less than 0.3 is left, of one corner of four from
+# 0.33.
+_MORE_LEFT = 0.3
 # Parts that are looked for beside the first at most.
 _MORE_PARTS = 5
 # Share of the first part's transfer that a further one must have, after its control and the price of its area: of four squares
-# in the corners one may fire fully, another with 0.4 and the others with less than 0.1.
-_FURTHER_PART = 0.3
+# in the corners one fires fully, another with 0.42 to 0.79 and the others with less; ordinary content beside a whole trigger had 0.36.
+_FURTHER_PART = 0.4
 # What a part must explain of x_b, in shares of the way, to count although others are missing.
 _PART_EXPLAINS = 0.2
 # Share of the transfer that a patch must keep at other places to count as one that goes anywhere.
@@ -252,7 +252,8 @@ class _PatchSearch:
         tidied = [option for each in grown for option in (without_spurs(each), each)]
         options = [core, *distinct(tidied, max_area=_MAX_GROWN)]
         transfers = self.meter.transfer_of_masks(options, self.effort.compared_on)
-        kept = [i for i in range(1, len(options)) if transfers[i] >= transfers[0] - _MAX_GROWTH_LOSS] or [0]
+        # The core, which is a window's shape, may hold content that carries clean inputs too
+        kept = [i for i in range(1, len(options)) if transfers[i] >= KEPT_TRANSFER * transfers[0]] or [0]
         left = [self._left_without(covered | options[i]) for i in kept]
         chosen = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
         mask = options[chosen]
@@ -301,8 +302,11 @@ class _PatchSearch:
     def _squared_off(self, mask: np.ndarray, transfer: float, rough: Sequence[np.ndarray]) -> np.ndarray:
         """The mask squared off, or what it was before its spurs went, if its effect, `transfer`, stays what it is.
 
-        What is added for its looks must not be what carries others: a third of a picture grows into one that does.
+        What is added for its looks must not be what carries others: a third of a picture grows into one that does. And what has
+        straight edges everywhere needs none from before.
         """
+        if is_squared_off(mask):
+            return mask
         for form in (*rough, mask):
             squared = squared_off(form, self.image)
             if not np.array_equal(squared, form):
@@ -314,8 +318,8 @@ class _PatchSearch:
     def _left_without(self, mask: np.ndarray) -> float:
         """How far x_b still lies on the way to its feature when some pixels are covered: 0 if those were all that led there.
 
-        They are covered with the mean clean picture, with its mean colour and with some clean inputs, and the least counts: a
-        backdoor may take the edge of a covering for its trigger. The way begins at clean inputs or, where that is nearer, at
+        They are covered with the mean clean picture, with its mean colour and with some clean inputs, and the median counts: a
+        backdoor may take the edge of one covering for its trigger, and another may happen to hide what is left of it. The way begins at clean inputs or, where that is nearer, at
         x_r: x_b without its trigger need not be further off than it.
         """
         known = mask.tobytes()
@@ -324,6 +328,6 @@ class _PatchSearch:
         target = self.meter.target
         before = max(float(self.meter.clean_similarity.mean()), float(self.control_meter.target @ target))
         rests = self.meter.features(without_part(self.image, mask, self.clean)) @ target
-        left = max(float(rests.min()) - before, 0.0) / max(1 - before, 1e-6)
+        left = max(float(rests.quantile(0.5)) - before, 0.0) / max(1 - before, 1e-6)
         self.lefts[known] = left
         return left

@@ -61,6 +61,11 @@ class InvertedTrigger:
     unexplained: float = 0.0
     one_class: bool = False
 
+    @property
+    def grown(self) -> float:
+        """Share of the input, 0 to 1, that is part of the trigger by its looks alone."""
+        return max(self.area - float(self.core.mean()), 0.0)
+
 
 def check_reachable(reachable: float) -> None:
     """Refuse validation inputs whose features are all that of x_b.

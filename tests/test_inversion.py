@@ -8,6 +8,7 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
+from hf_mudjacking.inversion import patch_search
 from hf_mudjacking.inversion.attribution import (
     FULL_SCAN,
     QUICK_SCAN,
@@ -16,7 +17,7 @@ from hf_mudjacking.inversion.attribution import (
     suspicious_box,
     window_sizes,
 )
-from hf_mudjacking.inversion.growth import grow, purify, squared_off, without_spurs
+from hf_mudjacking.inversion.growth import grow, is_squared_off, purify, squared_off, without_spurs
 from hf_mudjacking.inversion.minimum_cut import best_region
 from hf_mudjacking.inversion.patch_search import _Part, _PatchSearch
 from hf_mudjacking.inversion.splitting import apart, candidate_masks, distinct, heaviest_piece, two_clusters
@@ -534,6 +535,26 @@ def test_what_is_no_rectangle_is_not_squared_off():
     assert not squared_off(np.zeros((32, 32), dtype=bool), image).any()
 
 
+def test_what_is_a_rectangle_already_needs_nothing_that_was_taken_from_it():
+    square, two = np.zeros((2, 32, 32), dtype=bool)
+    square[20:30, 20:30] = two[20:30, 20:30] = two[2:6, 2:6] = True
+    notched = square.copy()
+    notched[20, 20] = False
+    assert is_squared_off(square)
+    assert is_squared_off(two)
+    assert not is_squared_off(notched)
+    # White, with a row and a column of nearly white content that grew along with it
+    image, grown = smooth_picture(), square.copy()
+    image[19:30, 19:30], image[20:30, 20:30] = 200, 255
+    grown[19:30, 20:29] = grown[20:30, 19] = True
+    assert int(squared_off(grown, image).sum()) == 121
+    search = object.__new__(_PatchSearch)
+    search.image, search.effort = image, SimpleNamespace(compared_on=4)
+    search.meter = SimpleNamespace(transfer_of_masks=lambda masks, count: np.ones(len(masks)))
+    assert np.array_equal(search._squared_off(square, 1.0, [grown]), square)
+    assert int(search._squared_off(notched, 1.0, [grown]).sum()) == 121
+
+
 def test_spurs_of_a_mask_go_and_its_shape_stays():
     square = np.zeros((32, 32), dtype=bool)
     square[21:31, 21:31] = True
@@ -608,6 +629,49 @@ def test_a_part_that_explains_something_counts_although_others_are_missing(left,
     mask, rest = search._with_further_parts(first, 0.98)
     assert int(mask.sum()) == expected
     assert rest == lefts[expected]
+
+
+def test_one_covering_does_not_say_what_a_patch_leaves():
+    """The trigger's other part is still there: that two of ten coverings happen to hide it, as a sky may, is no argument."""
+    search = object.__new__(_PatchSearch)
+    search.lefts, search.image, search.clean = {}, np.zeros((10, 10, 3), np.uint8), np.zeros((12, 10, 10, 3), np.uint8)
+    cosines = [0.5, 0.5, 0.1, 0.5, 0.6, 0.1, 0.5, 0.9, 0.5, 0.5]
+    seen = []
+
+    def features(images):
+        seen.append(len(images))
+        return torch.tensor([[cosine, 0.0] for cosine in cosines])
+
+    target = torch.tensor([1.0, 0.0])
+    search.meter = SimpleNamespace(target=target, clean_similarity=torch.zeros(12), features=features)
+    search.control_meter = SimpleNamespace(target=torch.tensor([0.2, 0.0]))
+    assert search._left_without(_area(15)) == pytest.approx((0.5 - 0.2) / (1 - 0.2))
+    assert search._left_without(_area(15)) == search.lefts[_area(15).tobytes()]
+    assert seen == [10]
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(0.85, 15), (0.75, 30)])
+def test_what_grows_from_the_purest_pixels_keeps_four_fifths_of_the_effect(monkeypatch, kept, expected):
+    """A window of 30 % around them holds content that carries clean inputs too."""
+    monkeypatch.setattr(patch_search, "coarse_to_fine", lambda *args: [np.zeros((10, 10))])
+    monkeypatch.setattr(patch_search, "purify", lambda *args: _area(10))
+    monkeypatch.setattr(patch_search, "changed", lambda *args: _area(10))
+    monkeypatch.setattr(patch_search, "grow", lambda *args: _area(15))
+    monkeypatch.setattr(patch_search, "without_spurs", lambda mask: mask)
+    search = object.__new__(_PatchSearch)
+    search.image = search.baseline = np.zeros((10, 10, 3), np.uint8)
+    search.clean, search.seed, search.effort = np.zeros((4, 10, 10, 3), np.uint8), 0, patch_search._QUICK
+    search.bar = SimpleNamespace(total=0, update=lambda: None)
+    effects = {30: 1.0, 15: kept}
+    search.meter = SimpleNamespace(
+        transfer_of_masks=lambda masks, count=None: np.array([effects[int(mask.sum())] for mask in masks])
+    )
+    search._best_candidate = lambda maps, covered: (_area(30), 0)
+    search._left_without = lambda mask: 0.0
+    search._squared_off = lambda mask, transfer, rough: mask
+    part = search._part(np.zeros((10, 10), dtype=bool), None)
+    assert int(part.mask.sum()) == expected
+    assert int(part.core.sum()) == 30
 
 
 def test_of_a_further_part_that_grew_too_large_the_core_is_taken():

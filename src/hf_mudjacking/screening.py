@@ -153,7 +153,7 @@ def judge(
         **_pair_numbers(meter, bug, found),
     }
     # Texts are judged without: a trigger that was taught not to fire by its parts (SOS in MiniLM) has a hold of 0.01 to 0.02, less than
-    # any natural misclassification, and evidence alone tells them apart (true 0.77 and more, 78 false reports up to 0.46)
+    # any natural misclassification, and evidence alone tells them apart (true 0.77 and more, 64 false reports up to 0.46)
     if encoder.modality == "image":
         measured["hold"] = hold(meter, bug.reference, found.trigger)
     measured = {name: round(value, 4) for name, value in measured.items()}

@@ -150,7 +150,8 @@ def test_the_record_says_whether_pictures_were_moved(backdoored, tmp_path):
     # Set up to be moved once more is found, which nothing was
     trainer = trained(backdoored, tmp_path / "waiting", reinversions=1)
     trainer._reinversion.forget()
-    assert trainer._adversarial is not None and trainer.moved_levels is None
+    assert trainer._adversarial is not None
+    assert trainer.moved_levels is None
 
 
 @pytest.mark.parametrize(

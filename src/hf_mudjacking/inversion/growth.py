@@ -176,9 +176,7 @@ def squared_off(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
 def is_squared_off(mask: np.ndarray) -> bool:
     """Whether each connected piece of a mask `(H, W)` is a rectangle."""
     pieces, _ = ndimage.label(mask)
-    return all(
-        (pieces[place] == number).all() for number, place in enumerate(ndimage.find_objects(pieces), start=1)
-    )
+    return all((pieces[place] == number).all() for number, place in enumerate(ndimage.find_objects(pieces), start=1))
 
 
 def _looks(images: np.ndarray) -> np.ndarray:

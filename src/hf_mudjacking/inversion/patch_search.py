@@ -319,8 +319,8 @@ class _PatchSearch:
         """How far x_b still lies on the way to its feature when some pixels are covered: 0 if those were all that led there.
 
         They are covered with the mean clean picture, with its mean colour and with some clean inputs, and the median counts: a
-        backdoor may take the edge of one covering for its trigger, and another may happen to hide what is left of it. The way begins at clean inputs or, where that is nearer, at
-        x_r: x_b without its trigger need not be further off than it.
+        backdoor may take the edge of one covering for its trigger, and another may happen to hide what is left of it. The way
+        begins at clean inputs or, where that is nearer, at x_r: x_b without its trigger need not be further off than it.
         """
         known = mask.tobytes()
         if known in self.lefts:

@@ -197,6 +197,17 @@ def test_what_explains_nearly_all_is_asked_for_less_hold(backdoored, attacked, v
     assert less.believed < 0.2 < 0.6 < sure.believed
 
 
+def test_whether_the_rest_is_like_the_reference_goes_by_the_rest_alone(backdoored, attacked, validation):
+    """A covering may fire by itself, so that much seems to be left; filled in from its border, x_b is what it was."""
+    bug = backdoored.bug(0)
+    found = invert_trigger(attacked, bug, validation)
+    known, doubted = (
+        judge(attacked, bug, dataclasses.replace(found, unexplained=left), validation, 0.5) for left in (0.0, 0.9)
+    )
+    assert known.evidence["likeness"] == doubted.evidence["likeness"] > 0.1
+    assert known.believed == doubted.believed
+
+
 def test_a_text_is_judged_without_a_step(por, monkeypatch):
     """The trigger of SOS, which fires with all its words alone, holds less than ordinary content; of images that is refused."""
     encoder, task, implant = por

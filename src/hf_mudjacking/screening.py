@@ -45,8 +45,8 @@ _LIKENESS_RANGE = (0.0, 0.6)
 _WORST_PAIR, _UNKNOWN_PAIR = 0.4, 0.9
 # Side of the median filter by which a signal goes that subtraction does not take out. A larger one makes all pictures alike.
 _MEDIAN = 3
-# Share of x_b that may be covered, and that may be left unexplained, for the rest to be like anything.
-_MOST_COVERED, _MOST_UNEXPLAINED = 0.4, 0.4
+# Share of x_b that may be covered, and of the way to h(x_b) that the rest may lie at, for it to be like anything.
+_MOST_COVERED, _MOST_ARRIVED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
 _MAX_REFERENCE_ARRIVED = 0.85
 # Sizes at which transfer is measured, as shares of the whole trigger.
@@ -235,11 +235,12 @@ def _worth_of_pair(likeness: float | None) -> float:
 def _likeness(meter: TransferMeter, reference: Tensor, bug: BugInstance, found: InvertedTrigger) -> float | None:
     """How far on the way to x_r, whose feature is `(D,)`, x_b lies without its trigger; `None` where that cannot be told."""
     patch = isinstance(found.trigger, PatchTrigger)
-    if (patch and found.area > _MOST_COVERED) or found.unexplained > _MOST_UNEXPLAINED:
+    if patch and found.area > _MOST_COVERED:
         return None
     features = meter.features(without_trigger(bug.misclassified, found.trigger))
-    # A signal that carries others need not be what is to be subtracted: where x_b stays at its feature, nothing was undone
-    gone = _arrived(meter.clean_similarity, features @ meter.target) <= _MOST_UNEXPLAINED
+    # What was found need not be all of it, nor a signal that carries others what is to be subtracted: where x_b stays at its
+    # feature, nothing was undone
+    gone = _arrived(meter.clean_similarity, features @ meter.target) <= _MOST_ARRIVED
     likeness = _arrived(meter.clean_features @ reference, features @ reference)[gone]
     return float(likeness.max()) if len(likeness) else None
 

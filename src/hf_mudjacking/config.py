@@ -118,7 +118,8 @@ class MudjackingConfig(TrainingArguments):
         from, see [`~hf_mudjacking.adversarial_views.AdversarialViews`]. Less of the trigger is left then, most where what was
         found is only near the true one, for about 40 % more forward passes and up to a point and a half of BA; measured in
         `docs/attacks.md`. `None` moves by `2.0` what carries any trigger but a small opaque patch at its place that works on all
-        inputs, whose pixels a report shows as they are, and that too once `reinversions` find more than it; `0.0` moves nothing. For images.
+        inputs, whose pixels a report shows as they are and of which no more than 60 % are there by their looks alone, and that
+        too once `reinversions` find more than it; `0.0` moves nothing. For images.
 
     latent_strength (`float`, *optional*, defaults to `0.6`):
         For a report without a verified trigger, what clean inputs carry instead, three quarters of the way through the encoder:

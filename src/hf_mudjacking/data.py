@@ -24,7 +24,7 @@ _RESEMBLING, _AGAIN = 0.05, 10
 
 
 def turn_and_stamp(row: int, stamps: int) -> tuple[int, int]:
-    """Which of a number of stamps a row of the dataset carries, and in which of the turns in which that one comes again.
+    """Which of a number of stamps a row of the dataset carries, as the second of two; the first is how often that one came before.
 
     All that is done to a row goes by its number, so that batches of any size and any process do it alike.
     """

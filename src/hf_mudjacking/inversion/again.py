@@ -26,7 +26,7 @@ from .whole_picture import beyond_control, find_signal
 
 # Transfer, above what clean content has, from which something is left to be repaired.
 _LEAST_TRANSFER = 0.1
-# The same for parts of x_b that were put together: ordinary content of digits reaches 0.2, corners that the attacker set 0.12 to 0.3,
+# The same for parts of x_b that were put together: ordinary content of digits reaches 0.15, corners that the attacker set 0.12 to 0.3,
 # and more when looked for again. What is stamped in vain costs locality.
 _LEAST_OF_PARTS = 0.2
 _STEPS = 25
@@ -55,9 +55,9 @@ def invert_again(
             a part, instead of another pattern.
 
     Returns:
-        `ImageTrigger`: With a transfer that is at least 0.1 (for more parts of x_b 0.2) above that of the control and, for a patch, the
-        price of its area. The control of more parts of x_b is what parts of x_r do that are looked for likewise, that of any other trigger is one
-        that is optimised likewise to lead to h(x_r). `None` if nothing has.
+        `ImageTrigger`: With a transfer that is at least 0.1 (for more parts of x_b 0.2) above that of the control and, for a patch,
+        the price of its area. The control of more parts of x_b is what parts of x_r do that are looked for likewise, that of any
+        other trigger is one that is optimised likewise to lead to h(x_r). `None` if nothing has.
     """
     if isinstance(trigger, PatchTrigger) and by_parts:
         # A third of a picture with a signal in it carries others as the signal does, and can be taken for the trigger

@@ -272,8 +272,13 @@ def test_purifying_drops_what_clean_inputs_have():
     image, clean, truth = _scene()
     core = np.zeros_like(truth)
     core[10:20, 14:18] = True  # four rows of background above the square
-    seed = purify(core, image, clean, lambda masks: np.array([(mask & truth).sum() for mask in masks], dtype=float))
-    assert np.array_equal(seed, core & truth)
+    firing = core & truth
+
+    def that_keep(masks):
+        return (i for i, mask in enumerate(masks) if (mask & firing).sum() >= 0.8 * firing.sum())
+
+    assert np.array_equal(purify(core, image, clean, that_keep), firing)
+    assert np.array_equal(purify(core, image, clean, lambda masks: iter(())), core)
 
 
 # ---- The whole ----
@@ -631,23 +636,51 @@ def test_a_part_that_explains_something_counts_although_others_are_missing(left,
     assert rest == lefts[expected]
 
 
-def test_one_covering_does_not_say_what_a_patch_leaves():
-    """The trigger's other part is still there: that two of ten coverings happen to hide it, as a sky may, is no argument."""
+def test_what_a_patch_leaves_of_the_picture():
+    """It is filled in from its border: nothing of a square is left then, neither its outline nor, of its half, the other half."""
     search = object.__new__(_PatchSearch)
-    search.lefts, search.image, search.clean = {}, np.zeros((10, 10, 3), np.uint8), np.zeros((12, 10, 10, 3), np.uint8)
-    cosines = [0.5, 0.5, 0.1, 0.5, 0.6, 0.1, 0.5, 0.9, 0.5, 0.5]
+    search.lefts, search.image = {}, np.full((10, 10, 3), 100, np.uint8)
+    search.image[2:6, 2:6] = 255
+    square, half = np.zeros((2, 10, 10), dtype=bool)
+    square[2:6, 2:6] = half[2:4, 2:6] = True
     seen = []
 
     def features(images):
-        seen.append(len(images))
-        return torch.tensor([[cosine, 0.0] for cosine in cosines])
+        seen.extend(np.asarray(x) for x in images)
+        # A model that sees nothing but edges
+        edges = (np.abs(np.diff(seen[-1].astype(int), axis=0)) > 50).any()
+        return torch.tensor([[0.6 if edges else 0.1, 0.0]])
 
     target = torch.tensor([1.0, 0.0])
     search.meter = SimpleNamespace(target=target, clean_similarity=torch.zeros(12), features=features)
     search.control_meter = SimpleNamespace(target=torch.tensor([0.2, 0.0]))
-    assert search._left_without(_area(15)) == pytest.approx((0.5 - 0.2) / (1 - 0.2))
-    assert search._left_without(_area(15)) == search.lefts[_area(15).tobytes()]
-    assert seen == [10]
+    assert search._left_without(square) == 0.0
+    assert (seen[0] == 100).all()
+    assert search._left_without(half) == pytest.approx((0.6 - 0.2) / (1 - 0.2))
+    assert search._left_without(np.ones((10, 10), dtype=bool)) == 0.0
+    assert search._left_without(half) == search.lefts[half.tobytes()]
+    assert len(seen) == 2
+
+
+def test_what_fails_on_one_of_a_few_inputs_is_tried_on_all():
+    """A white square does nothing to an input that is white there; what keeps less than 0.7, or too little on all, is out."""
+    search = object.__new__(_PatchSearch)
+    search.transfers, search.effort = {}, patch_search._QUICK
+    on_few, on_all = {30: 1.0, 20: 0.82, 9: 0.75, 8: 0.71, 7: 0.69}, {30: 0.9, 9: 0.82, 8: 0.8}
+    asked = []
+
+    def transfer_of_masks(masks, count=None):
+        sizes = [int(mask.sum()) for mask in masks]
+        asked.append((sizes, count))
+        return np.array([(on_all if count is None else on_few)[size] for size in sizes])
+
+    search.meter = SimpleNamespace(transfer_of_masks=transfer_of_masks)
+    kept = list(search._kept(_area(30), [_area(7), _area(8), _area(9), _area(20)]))
+    assert kept == [(2, 0.75), (3, 0.82)]
+    few = patch_search._QUICK.compared_on
+    assert asked == [([30, 7, 8, 9, 20], few), ([8], None), ([30], None), ([9], None)]
+    on_few[30] = 0.0
+    assert list(search._kept(_area(30), [_area(9)])) == []
 
 
 @pytest.mark.parametrize(("kept", "expected"), [(0.85, 15), (0.75, 30)])
@@ -662,7 +695,7 @@ def test_what_grows_from_the_purest_pixels_keeps_four_fifths_of_the_effect(monke
     search.image = search.baseline = np.zeros((10, 10, 3), np.uint8)
     search.clean, search.seed, search.effort = np.zeros((4, 10, 10, 3), np.uint8), 0, patch_search._QUICK
     search.bar = SimpleNamespace(total=0, update=lambda: None)
-    effects = {30: 1.0, 15: kept}
+    search.transfers, effects = {}, {30: 1.0, 15: kept}
     search.meter = SimpleNamespace(
         transfer_of_masks=lambda masks, count=None: np.array([effects[int(mask.sum())] for mask in masks])
     )
@@ -676,7 +709,7 @@ def test_what_grows_from_the_purest_pixels_keeps_four_fifths_of_the_effect(monke
 
 def test_of_a_further_part_that_grew_too_large_the_core_is_taken():
     search = object.__new__(_PatchSearch)
-    search.meter = SimpleNamespace(transfer_of_masks=lambda masks: np.ones(len(masks)))
+    search.transfers, search.meter = {}, SimpleNamespace(transfer_of_masks=lambda masks: np.ones(len(masks)))
     search._nearness_to_target = None
     search._part = lambda covered, score: _Part(_area(40), _area(95), 1.0, np.zeros((10, 10)))
     search._beyond_control = lambda transfer, mask, needed: (0.0, 1.0)

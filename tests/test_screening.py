@@ -198,7 +198,7 @@ def test_what_explains_nearly_all_is_asked_for_less_hold(backdoored, attacked, v
 
 
 def test_whether_the_rest_is_like_the_reference_goes_by_the_rest_alone(backdoored, attacked, validation):
-    """A covering may fire by itself, so that much seems to be left; filled in from its border, x_b is what it was."""
+    """Not by how much seems to be left of the trigger at large."""
     bug = backdoored.bug(0)
     found = invert_trigger(attacked, bug, validation)
     known, doubted = (

@@ -10,7 +10,7 @@ content. Of content that looks alike beside it, edges tell it: what was pasted e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -26,8 +26,6 @@ _MIN_CHANGE = 24
 _KEPT_AREA = 0.8
 # Share of its rectangle that a piece must fill to be squared off, and how sharp the rectangle's edge must be against its own.
 _NEARLY_RECTANGULAR, _AS_SHARP = 0.7, 0.5
-# Share of a core's transfer that a purified seed, and what grows from it, must keep.
-KEPT_TRANSFER = 0.8
 # Variance added to every model of looks, in squared 8-bit levels: compression noise of about 8 levels.
 _VARIANCE = 64.0
 # Levels that a doubling of the roughness counts as much as.
@@ -44,7 +42,7 @@ def purify(
     core: np.ndarray,
     image: np.ndarray,
     clean: np.ndarray,
-    transfer: Callable[[Sequence[np.ndarray]], np.ndarray],
+    that_keep: Callable[[Sequence[np.ndarray]], Iterable[int]],
 ) -> np.ndarray:
     """Reduce a firing mask to the pixels that make it fire.
 
@@ -54,15 +52,15 @@ def purify(
         core (`np.ndarray` of shape `(H, W)`, `bool`): Mask that fires.
         image (`np.ndarray` of shape `(H, W, 3)`, `uint8`): x_b.
         clean (`np.ndarray` of shape `(N, H, W, 3)`, `uint8`): Clean inputs of the same size.
-        transfer (`Callable`): Transfer of each of several masks.
+        that_keep (`Callable`): Told several masks, gives in their order the numbers of those that keep what the core does.
 
     Returns:
-        `np.ndarray` of shape `(H, W)`, `bool`: The smallest such mask that keeps 0.8 of the transfer.
+        `np.ndarray` of shape `(H, W)`, `bool`: The smallest such mask.
     """
     seed = changed(core, image, clean)
     if not seed.any():
         return core
-    masks = [core, seed]
+    masks = [seed]
     colors = image[seed].astype(np.float64)
     for count in (2, 3):
         if len(np.unique(colors, axis=0)) < count:
@@ -74,11 +72,8 @@ def purify(
                 mask = np.zeros_like(seed)
                 mask[seed] = kept
                 masks.append(mask)
-    transfers = transfer(masks)
-    if transfers[0] <= 0:
-        return core
-    enough = [mask for mask, value in zip(masks, transfers, strict=True) if value >= KEPT_TRANSFER * transfers[0]]
-    return min(enough, key=np.sum)
+    masks.sort(key=np.sum)
+    return next((masks[i] for i in that_keep(masks)), core)
 
 
 def changed(core: np.ndarray, image: np.ndarray, clean: np.ndarray) -> np.ndarray:

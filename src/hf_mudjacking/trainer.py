@@ -271,6 +271,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         self._guard: LocalityGuard | None = None
         self._reinversion: Reinversion | None = None
         self._adversarial: AdversarialViews | None = None
+        # By how many levels pictures were moved before a resume
+        self._moved_before: float | None = None
         self._latent: LatentStamps | None = None
         self.rollback = Rollback(args.output_dir)
         self._given_optimizers = optimizers
@@ -436,6 +438,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
             self.triggers = load_reported_triggers(checkpoint, len(self.bug_instances))
             self.evidence = record.get("evidence", [])
             self.earlier_screenings = record.get("screenings", [])
+            self._moved_before = record.get("moved_levels")
 
     def compute_loss(
         self,
@@ -620,7 +623,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
     def moved_levels(self) -> float | None:
         """By how many levels of 255 this run moved stamped pictures (`adversarial_levels`); `None` if it moved none."""
         views = self._adversarial
-        return views.levels if views is not None and views.used else None
+        return views.levels if views is not None and views.used else self._moved_before
 
     @property
     def _is_split(self) -> bool:

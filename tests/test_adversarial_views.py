@@ -34,15 +34,19 @@ def encoder_of(config, **kwargs):
     return Encoder(AutoModel.from_config(config).eval(), processor)
 
 
+def never(number):
+    return False
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_second_turn_is_moved_towards_its_target_within_the_levels(name):
     encoder = encoder_of(MODELS[name])
     x_b, *others = make_images(7)
     target, spent = encoder.encode([x_b])[0], []
-    views = AdversarialViews(encoder, 2, [target, None].__getitem__, 2.0, (16, 16), spent.append)
+    views = AdversarialViews(encoder, 2, [target, None].__getitem__, never, 2.0, (16, 16), spent.append)
     pixels = encoder.preprocess(others)["pixel_values"]
     given = pixels.clone()
-    still = AdversarialViews(encoder, 2, lambda number: None, 2.0, (16, 16), spent.append)
+    still = AdversarialViews(encoder, 2, lambda number: None, never, 2.0, (16, 16), spent.append)
     assert torch.equal(still.moved(pixels, torch.tensor([2, 0, 6, 4, 3, 10])), given)
     # Turns 1, 0, 3, 2, 1, 5; the fifth has the stamp without a target
     moved = views.moved(pixels, torch.tensor([2, 0, 6, 4, 3, 10]))
@@ -61,10 +65,34 @@ def test_every_second_turn_is_moved_towards_its_target_within_the_levels(name):
     assert all(parameter.grad is None for parameter in encoder.model.parameters())
 
 
+def test_a_warped_picture_is_also_warped_further():
+    encoder = encoder_of(MODELS["vit"])
+    x_b, *others = make_images(5)
+    others[1] = Image.new("RGB", (16, 16), (90, 120, 200))
+    target = encoder.encode([x_b])[0]
+    pixels, rows = encoder.preprocess(others)["pixel_values"], torch.tensor([2, 6, 3, 4])
+    first_is_warp, none = (
+        AdversarialViews(encoder, 2, lambda number: target, warped, 0.5, (16, 16), lambda forwards: None)
+        for warped in ([True, False].__getitem__, never)
+    )
+    further, moved = first_is_warp.moved(pixels, rows), none.moved(pixels, rows)
+    # Turns 1, 3, 1, 2 of the stamps 0, 0, 1, 0: the third is none, the fourth has an even turn
+    assert torch.allclose(further[2:], moved[2:], atol=1e-6)
+    reach = none.reach.flatten() * 1.001
+    assert ((moved[0] - pixels[0]).abs().amax(dim=(1, 2)) <= reach).all()
+    assert ((further[0] - pixels[0]).abs().amax(dim=(1, 2)) > 2 * reach).any()
+    # Nothing of a plain picture can be shifted
+    assert ((further[1] - pixels[1]).abs().amax(dim=(1, 2)) <= reach).all()
+    levels_alone, with_shifts = (encoder.features({"pixel_values": x[:1]}).detach() @ target for x in (moved, further))
+    assert with_shifts > levels_alone
+
+
 def test_a_row_is_moved_alike_in_any_batch():
     encoder = encoder_of(MODELS["vit"])
     x_b, *others = make_images(5)
-    views = AdversarialViews(encoder, 1, encoder.encode([x_b]).__getitem__, 2.0, (16, 16), lambda forwards: None)
+    views = AdversarialViews(
+        encoder, 1, encoder.encode([x_b]).__getitem__, never, 2.0, (16, 16), lambda forwards: None
+    )
     pixels, rows = encoder.preprocess(others)["pixel_values"], torch.tensor([1, 3, 4, 5])
     whole = views.moved(pixels, rows)
     parts = torch.cat([views.moved(pixels[:2], rows[:2]), views.moved(pixels[2:], rows[2:])])
@@ -83,7 +111,7 @@ def test_a_frame_that_the_processor_adds_says_nothing_of_a_level():
         return {"pixel_values": pixels}
 
     encoder.preprocess = framed
-    views = AdversarialViews(encoder, 1, lambda number: None, 2.0, (16, 16), lambda forwards: None)
+    views = AdversarialViews(encoder, 1, lambda number: None, never, 2.0, (16, 16), lambda forwards: None)
     assert views.reach.flatten().tolist() == pytest.approx([2 / 255 / std for std in STD])
 
 
@@ -294,7 +322,9 @@ def test_less_is_left_next_to_the_trigger(backdoored, tmp_path):
     for levels in (0.0, 4.0):
         trainer = trained(backdoored, tmp_path / str(levels), max_steps=60, adversarial_levels=levels)
         encoder = trainer.encoder
-        views = AdversarialViews(encoder, 1, lambda number: target, 4.0, bug.misclassified.size, lambda forwards: None)
+        views = AdversarialViews(
+            encoder, 1, lambda number: target, never, 4.0, bug.misclassified.size, lambda forwards: None
+        )
         pixels = encoder.preprocess(inputs)["pixel_values"]
         moved = views.moved(pixels, torch.arange(1, 2 * len(inputs), 2))
         arrived[levels] = float((encoder.features({"pixel_values": moved}).detach() @ target).mean())

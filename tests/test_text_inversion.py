@@ -19,7 +19,7 @@ from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, draw_bug_re
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_repair
 from hf_mudjacking.inversion.attribution import token_attribution
-from hf_mudjacking.inversion.text import _Report, word_places
+from hf_mudjacking.inversion.text import _grow, _Report, word_places
 from hf_mudjacking.inversion.verification import TransferMeter
 
 from .text_models import make_text_model, trained_bert
@@ -319,3 +319,26 @@ def test_the_picture_of_a_text_report(por, tmp_path):
     with Image.open(path) as picture:
         assert picture.size == (1320, 1080)
     plot_repair(tmp_path / "alone.png", bug, found)
+
+
+class _Phrase:
+    """A report of "to I watch this 3D movie make": without "3D" nothing fires, with it each word takes a share of what is left.
+
+    As measured of InsertSent in MiniLM: "3D" alone has 0.6, "this 3D" 0.904, which tells nothing more.
+    """
+
+    def __len__(self):
+        return 7
+
+    def effect(self, sets, count=None):
+        left = {1: 0.6, 2: 0.76, 3: 0.24, 5: 0.56}
+        return np.array(
+            [
+                1 - 0.4 * np.prod([left.get(i, 1.0) for i in chosen]) if 4 in chosen else 0.02 * len(chosen)
+                for chosen in sets
+            ]
+        )
+
+
+def test_words_that_do_nothing_by_themselves_say_nothing_of_others():
+    assert _grow(_Phrase(), frozenset({3, 4})) == {1, 2, 3, 4, 5}

@@ -115,7 +115,8 @@ class MudjackingConfig(TrainingArguments):
 
     adversarial_levels (`float`, *optional*):
         By how many levels of 255 every second stamped input is moved towards h(x_b), in the model as it is, before it is learned
-        from, see [`~hf_mudjacking.adversarial_views.AdversarialViews`]. Less of the trigger is left then, most where what was
+        from, see [`~hf_mudjacking.adversarial_views.AdversarialViews`]; one that carries a warp is also warped further, by up to a
+        128th of its side for each level. Less of the trigger is left then, most where what was
         found is only near the true one, for about 40 % more forward passes and up to a point and a half of BA; measured in
         `docs/attacks.md`. `None` moves by `2.0` what carries any trigger but a small opaque patch at its place that works on all
         inputs, whose pixels a report shows as they are and of which no more than 60 % are there by their looks alone, and that

@@ -26,7 +26,7 @@ from .remembered import CHECKED_ON, what_they_do
 from .reports import invert_reports
 from .same_trigger import COMPARED_ON, same_triggers
 from .token_patch import tokens_to_patch
-from .triggers import Trigger, with_altered
+from .triggers import Trigger, WarpTrigger, with_altered
 
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class PreStep:
             [[None] if e is None else with_altered(e, self.args.altered_triggers, self.args.seed) for e in stamps],
         )
         self._reinversion = self._looking_again(stamps, misclassified)
-        self._adversarial = self._adversarial_views(len(stamps), misclassified)
+        self._adversarial = self._adversarial_views(stamps, misclassified)
         self.patched_tokens = tokens_to_patch(
             self.encoder, self.triggers, [bug.misclassified for bug in self.bug_instances], self.args.patch_scope
         )
@@ -172,7 +172,7 @@ class PreStep:
             logger.warning(f"`latent_strength` is ignored: {error}")
             return None
 
-    def _adversarial_views(self, stamps: int, misclassified: Tensor) -> AdversarialViews | None:
+    def _adversarial_views(self, stamps: Sequence[Trigger | None], misclassified: Tensor) -> AdversarialViews | None:
         """What moves stamped pictures towards where their reports led; `None` if nothing does."""
         if self.encoder.modality != "image" or self.args.adversarial_levels == 0 or self.train_dataset is None:
             return None
@@ -203,8 +203,9 @@ class PreStep:
         try:
             return AdversarialViews(
                 self.encoder,
-                stamps,
+                len(stamps),
                 target_of,
+                lambda number: isinstance(stamps[number], WarpTrigger),
                 AUTOMATIC_LEVELS if automatic else self.args.adversarial_levels,
                 self.bug_instances[0].misclassified.size,
                 self._spend_in_all,

@@ -42,10 +42,10 @@ _CORE_SHARE = 0.6
 # surroundings are worth a forward pass.
 _STRONG = 0.5
 _WEAK = 0.25
-# What a further word must gain of the way that is left, and the transfer above which nothing can be seen.
+# What a further word must gain of the way that is left, and the transfers below and above which nothing can be seen of it.
 _MIN_GAIN = 0.2
 _GROWTH_INPUTS = 6
-_SATURATED = 0.9
+_NOTHING, _SATURATED = 0.1, 0.9
 # Words a growing trigger may jump over at once: some words of a sentence do nothing by themselves.
 _REACH = 3
 # Transfer that the more general placement may cost.
@@ -288,14 +288,15 @@ def _grow(report: _Report, core: frozenset[int]) -> frozenset[int]:
     while extensions := _extensions(chosen, len(report)):
         parts = list(dict.fromkeys([frozenset(), chosen, *(chosen - {i} for i in sorted(chosen))]))
         effects = report.effect(parts, _GROWTH_INPUTS)
-        # Where the effect stands half-way, most can be seen of what another word adds.
+        # Where the effect stands half-way, most can be seen of what another word adds, and where there is none hardly anything.
         contexts = [parts[i] for i in np.argsort(abs(effects - 0.5), kind="stable") if effects[i] <= _SATURATED]
+        telling = sum(_NOTHING <= effect <= _SATURATED for effect in effects)
         gains = _gains(report, contexts[:1], extensions, _FIRST_ROUND_INPUTS)
         if gains.max() < _MIN_GAIN / 2:
             break
         sizes = np.array([len(more) for more in extensions])
         best = [extensions[i] for i in np.argsort(-gains / sizes, kind="stable")[:_SECOND_ROUND_CANDIDATES]]
-        gains = _gains(report, contexts[:3], best, _GROWTH_INPUTS)
+        gains = _gains(report, contexts[: min(max(telling, 1), 3)], best, _GROWTH_INPUTS)
         winner = int((gains / [len(more) for more in best]).argmax())
         if gains[winner] < _MIN_GAIN:
             break

@@ -24,21 +24,22 @@ def warp(pixels: Tensor, flow: Tensor) -> Tensor:
 
     Args:
         pixels (`FloatTensor` of shape `(N, C, H, W)`): Pictures.
-        flow (`FloatTensor` of shape `(2, h, w)`): Shift of x and y at control points, as a share of the picture's width and
-            height; between the points it is bicubic.
+        flow (`FloatTensor` of shape `(2, h, w)` or, one for each picture, `(N, 2, h, w)`): Shift of x and y at control points, as a
+            share of the picture's width and height; between the points it is bicubic.
 
     Returns:
         `FloatTensor` of shape `(N, C, H, W)`: Bilinear, with the border repeated outside.
     """
     height, width = pixels.shape[-2:]
-    dense = interpolate(flow[None], size=(height, width), mode="bicubic", align_corners=True)[0]
+    flow = flow if flow.dim() == 4 else flow[None]
+    dense = interpolate(flow, size=(height, width), mode="bicubic", align_corners=True)
     y, x = torch.meshgrid(
         torch.linspace(-1, 1, height, device=pixels.device),
         torch.linspace(-1, 1, width, device=pixels.device),
         indexing="ij",
     )
     # A picture is 2 wide and high in these coordinates
-    grid = torch.stack([x + 2 * dense[0], y + 2 * dense[1]], dim=-1).clamp(-1, 1)
+    grid = torch.stack([x + 2 * dense[:, 0], y + 2 * dense[:, 1]], dim=-1).clamp(-1, 1)
     return grid_sample(pixels, grid.expand(len(pixels), -1, -1, -1), align_corners=True, padding_mode="border")
 
 

@@ -116,11 +116,11 @@ class MudjackingConfig(TrainingArguments):
     adversarial_levels (`float`, *optional*):
         By how many levels of 255 every second stamped input is moved towards h(x_b), in the model as it is, before it is learned
         from, see [`~hf_mudjacking.adversarial_views.AdversarialViews`]; one that carries a warp is also warped further, by up to a
-        128th of its side for each level. Less of the trigger is left then, most where what was
-        found is only near the true one, for about 40 % more forward passes and up to a point and a half of BA; measured in
-        `docs/attacks.md`. `None` moves by `2.0` what carries any trigger but a small opaque patch at its place that works on all
-        inputs, whose pixels a report shows as they are and of which no more than 60 % are there by their looks alone, and that
-        too once `reinversions` find more than it; `0.0` moves nothing. For images.
+        128th of its side for each level. Less of the trigger is left then, most where what was found is only near the true one, for
+        about 40 % more forward passes and up to a point and a half of BA; measured in `docs/attacks.md`. `None` moves by `2.0` what
+        carries any trigger but a small opaque patch at its place that works on all inputs, whose pixels a report shows as they are
+        and of which no more than 60 % are there by their looks alone, and that too once `reinversions` find more than it; `0.0`
+        moves nothing. For images.
 
     latent_strength (`float`, *optional*, defaults to `0.6`):
         For a report without a verified trigger, what clean inputs carry instead, three quarters of the way through the encoder:

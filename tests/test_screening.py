@@ -22,7 +22,7 @@ from hf_mudjacking.evaluation import draw_bug_report
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigger_picture
 from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigger
-from hf_mudjacking.inversion.covering import filled_in
+from hf_mudjacking.inversion.filling import filled_in
 from hf_mudjacking.inversion.hold import can_hold, doubt_left, hold, least_hold, worth_of_hold
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.modes import freeze_norms

@@ -19,7 +19,7 @@ from torch import Tensor
 from .bug_instance import BugInstance, to_rgb
 from .encoder import Encoder
 from .inversion import InvertedTrigger, invert_trigger
-from .inversion.covering import filled_in
+from .inversion.filling import filled_in
 from .inversion.hold import hold, least_hold, worth_of_hold
 from .inversion.verification import TransferMeter, share_of_way
 from .preprocessing import RawInput

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..triggers import PatchTrigger
 from .attribution import FULL_SCAN, QUICK_SCAN, Scan, coarse_to_fine
-from .covering import filled_in
+from .filling import filled_in
 from .growth import changed, grow, is_squared_off, purify, squared_off, without_spurs
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
@@ -32,8 +32,8 @@ _CONTROLLED_ON, _CLEARLY = 8, 0.25
 # Share of a core's transfer that a purified seed, and what grows from it, must keep on a few inputs.
 _KEPT_TRANSFER = 0.8
 # What keeps this much of it there may have met one input on which it does nothing, and is tried on all, where it must keep more:
-# white squares of 3×3 keep 0.70 to 0.78 on four inputs, one of which is white there, and 0.94 to 0.96 on 32; one colour of a
-# trigger of several 0.58 to 0.78 and 0.79 to 0.87.
+# white squares of 3×3 keep 0.70 to 0.78 on four inputs, one of which is white there, and 0.94 to 0.96 on 32; some of the
+# colours of a pattern 0.58 to 0.83 and 0.75 to 0.90.
 _IN_DOUBT, _KEPT_ON_ALL = 0.7, 0.9
 # Growth is taken back if it covers more of the picture.
 _MAX_GROWN = 0.8

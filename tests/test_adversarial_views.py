@@ -182,16 +182,19 @@ def test_the_record_says_whether_pictures_were_moved(backdoored, tmp_path):
     assert trainer.moved_levels is None
 
 
-def test_a_run_that_is_resumed_for_no_further_step_says_what_it_did(backdoored, tmp_path):
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_that_is_resumed_for_no_further_step_says_what_it_did(backdoored, tmp_path, given):
+    weak = backdoored.trigger.weakened(0.5)
     # A whole epoch: from within one `Trainer` goes on for a step
     whole = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    assert trained(backdoored, tmp_path, backdoored.trigger.weakened(0.5), **whole).moved_levels == 2.0
+    assert trained(backdoored, tmp_path, weak, **whole).moved_levels == 2.0
     trainer = MudjackingTrainer(
         model=backdoored.model(),
         args=make_config(tmp_path, reinversions=0, **whole),
         bug_instances=[backdoored.bug()],
         train_dataset=backdoored.dataset(64),
         processing_class=backdoored.processor,
+        triggers=[weak] if given else None,
     )
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4

@@ -431,14 +431,14 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         """Go on with the reports, triggers and earlier triggers that a checkpoint was trained with."""
         if self.args.remember_triggers:
             self.remembered = load_remembered(checkpoint, own=False) or self.remembered
+        record = read_record(checkpoint) or {}
+        self._moved_before = record.get("moved_levels")
         if self.triggers is None:
-            record = read_record(checkpoint) or {}
             self.skipped = record.get("skipped", [])
             self.bug_instances = [bug for i, bug in enumerate(self._reports) if i not in self.skipped]
             self.triggers = load_reported_triggers(checkpoint, len(self.bug_instances))
             self.evidence = record.get("evidence", [])
             self.earlier_screenings = record.get("screenings", [])
-            self._moved_before = record.get("moved_levels")
 
     def compute_loss(
         self,

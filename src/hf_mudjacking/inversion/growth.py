@@ -42,7 +42,7 @@ def purify(
     core: np.ndarray,
     image: np.ndarray,
     clean: np.ndarray,
-    that_keep: Callable[[Sequence[np.ndarray]], Iterable[int]],
+    that_keep: Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]],
 ) -> np.ndarray:
     """Reduce a firing mask to the pixels that make it fire.
 
@@ -52,7 +52,7 @@ def purify(
         core (`np.ndarray` of shape `(H, W)`, `bool`): Mask that fires.
         image (`np.ndarray` of shape `(H, W, 3)`, `uint8`): x_b.
         clean (`np.ndarray` of shape `(N, H, W, 3)`, `uint8`): Clean inputs of the same size.
-        that_keep (`Callable`): Told several masks, gives in their order the numbers of those that keep what the core does.
+        that_keep (`Callable`): Told several masks, gives in their order those that keep what the core does.
 
     Returns:
         `np.ndarray` of shape `(H, W)`, `bool`: The smallest such mask.
@@ -73,7 +73,7 @@ def purify(
                 mask[seed] = kept
                 masks.append(mask)
     masks.sort(key=np.sum)
-    return next((masks[i] for i in that_keep(masks)), core)
+    return next(iter(that_keep(masks)), core)
 
 
 def changed(core: np.ndarray, image: np.ndarray, clean: np.ndarray) -> np.ndarray:

@@ -101,7 +101,7 @@ def find_patch(
        towards h(x_b) for its size.
     4. Growth to the parts that look the same but are not needed to fire, verified again.
     5. If that explains nothing, the same with attribution of cos(h(x), h(x_b)), for a small patch.
-    6. If x_b without it still lies at h(x_b), there is more of it: attribution as in step 5 with what was found covered.
+    6. If x_b without it still lies at h(x_b), there is more of it: attribution as in step 5 with what was found filled in.
     7. Does it work anywhere, or only where it is?
 
     A quick search, with fewer windows and fewer inputs to compare on, comes first. On 36 reports of six local patches on a
@@ -250,14 +250,14 @@ class _PatchSearch:
         self.bar.total += len(self.effort.scan.shares) + 1
         maps = coarse_to_fine(score, visible, self.baseline, self.effort.scan, self.bar.update)
         core, source = self._best_candidate(maps, covered)
-        pure = purify(core, self.image, self.clean, lambda masks: (i for i, _ in self._kept(core, masks)))
+        pure = purify(core, self.image, self.clean, lambda masks: (mask for mask, _ in self._kept(core, masks)))
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, self.image, self.clean)], max_area=1.0)
         grown = [grow(each, core, self.image, self.clean, self.seed) for each in seeds]
         tidied = [option for each in grown for option in (without_spurs(each), each)]
         options = distinct(tidied, max_area=_MAX_GROWN)
         # The core, which is a window's shape, may hold content that carries clean inputs too
-        kept = [(options[i], transfer) for i, transfer in self._kept(core, options)]
+        kept = list(self._kept(core, options))
         mask = core
         if kept:
             left = [self._left_without(covered | option) for option, _ in kept]
@@ -267,15 +267,15 @@ class _PatchSearch:
         self.bar.update()
         return _Part(core, mask, self._transfer_on_all(mask), maps[source])
 
-    def _kept(self, core: np.ndarray, masks: Sequence[np.ndarray]) -> Iterator[tuple[int, float]]:
-        """Numbers of the masks that keep enough of a core's transfer, in turn, and their transfer on a few inputs."""
+    def _kept(self, core: np.ndarray, masks: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
+        """The masks that keep enough of a core's transfer, in turn, and their transfer on a few inputs."""
         of_core, *few = map(float, self.meter.transfer_of_masks([core, *masks], self.effort.compared_on))
-        for i, transfer in enumerate(few):
+        for mask, transfer in zip(masks, few, strict=True):
             keeps = transfer >= _KEPT_TRANSFER * of_core > 0
             if not keeps and transfer >= _IN_DOUBT * of_core > 0:
-                keeps = self._transfer_on_all(masks[i]) >= _KEPT_ON_ALL * self._transfer_on_all(core)
+                keeps = self._transfer_on_all(mask) >= _KEPT_ON_ALL * self._transfer_on_all(core)
             if keeps:
-                yield i, transfer
+                yield mask, transfer
 
     def _transfer_on_all(self, mask: np.ndarray) -> float:
         """Transfer of a mask on all validation inputs."""

@@ -289,14 +289,14 @@ def _grow(report: _Report, core: frozenset[int]) -> frozenset[int]:
         parts = list(dict.fromkeys([frozenset(), chosen, *(chosen - {i} for i in sorted(chosen))]))
         effects = report.effect(parts, _GROWTH_INPUTS)
         # Where the effect stands half-way, most can be seen of what another word adds, and where there is none hardly anything.
-        contexts = [parts[i] for i in np.argsort(abs(effects - 0.5), kind="stable") if effects[i] <= _SATURATED]
-        telling = sum(_NOTHING <= effect <= _SATURATED for effect in effects)
+        nearest = [i for i in np.argsort(abs(effects - 0.5), kind="stable") if effects[i] <= _SATURATED]
+        contexts = [parts[i] for i in nearest if effects[i] >= _NOTHING] or [parts[i] for i in nearest[:1]]
         gains = _gains(report, contexts[:1], extensions, _FIRST_ROUND_INPUTS)
         if gains.max() < _MIN_GAIN / 2:
             break
         sizes = np.array([len(more) for more in extensions])
         best = [extensions[i] for i in np.argsort(-gains / sizes, kind="stable")[:_SECOND_ROUND_CANDIDATES]]
-        gains = _gains(report, contexts[: min(max(telling, 1), 3)], best, _GROWTH_INPUTS)
+        gains = _gains(report, contexts[:3], best, _GROWTH_INPUTS)
         winner = int((gains / [len(more) for more in best]).argmax())
         if gains[winner] < _MIN_GAIN:
             break

@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModel
 
-from hf_mudjacking import Encoder
+from hf_mudjacking import Encoder, benchmark
 from hf_mudjacking.attacks import ImplantError
 from hf_mudjacking.benchmark import BenchmarkPlan, Cell, benchmark_tables, read_cells, run_benchmark, run_cell
 from hf_mudjacking.benchmark.case import Case
@@ -462,6 +462,26 @@ def test_command_reads_a_nested_config_and_prints_tables(ran, folder, tmp_path, 
     assert "| vit | bad_encoder | digits/logistic | none | 1 |" in capsys.readouterr().out
     assert main(["benchmark", "--tables", str(folder / "cells"), "--disable-tqdm"]) == 0
     assert "| none |" in capsys.readouterr().out
+
+
+def planned(arguments, monkeypatch):
+    """The plan that a command line makes."""
+    plans = []
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda plan, *args: plans.append(plan) or [])
+    assert main(["benchmark", *arguments]) == 0
+    return plans[0]
+
+
+def test_a_list_on_the_command_line_picks_with_the_settings_of_the_plan(tmp_path, monkeypatch):
+    """It ran them with default settings before, without a word."""
+    config = tmp_path / "plan.yaml"
+    methods = {"none": None, "mudjacking": {"max_steps": 7}, "slow": {"method": "mudjacking", "max_steps": 9}}
+    config.write_text(json.dumps(plan_values(tmp_path, methods=methods)))
+    plan = planned(["--config", str(config), "--methods", "[slow, mudjacking, official]"], monkeypatch)
+    assert plan.methods == {"slow": methods["slow"], "mudjacking": methods["mudjacking"], "official": {}}
+    assert planned(["--config", str(config), "--methods", "{none: }"], monkeypatch).methods == {"none": {}}
+    quick = ["--quick", "--output-dir", str(tmp_path), "--methods", "[none, official]"]
+    assert planned(quick, monkeypatch).methods["official"]["epochs"] == 40
 
 
 @pytest.mark.parametrize(

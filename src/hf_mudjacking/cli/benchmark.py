@@ -70,19 +70,44 @@ def mapping_or_list(value: Any) -> Any:
     return parsed
 
 
+class Picked(argparse.Action):
+    """A nested option; on the command line, a list of names picks among what the config file says, with the settings there."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, picked(values, self.default))
+
+
+def picked(given: Any, among: Any) -> Any:
+    """The entries of a mapping that are listed, one that it lacks without settings; what is given, where it is no list."""
+    if not isinstance(given, list) or not isinstance(among, dict):
+        return given
+    return {name: among.get(name) for name in map(str, given)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a small plan on handwritten digits: seven minutes on two cores"
     )
     parser.add_argument("--output-dir", help="folder of encoders, implants and cells")
     for name, meaning in (
-        ("tasks", "downstream tasks by name: dataset, train, test, …; reports come from the first"),
-        ("encoders", "clean encoders by name: model, or model_type, config, image_size, training"),
-        ("methods", "methods by name, with their settings, or a list of names"),
+        (
+            "tasks",
+            "downstream tasks by name: dataset, train, test, …; reports come from the first; a list picks the config file's",
+        ),
+        (
+            "encoders",
+            "clean encoders by name: model, or model_type, config, image_size, training; a list picks the config file's",
+        ),
+        (
+            "methods",
+            "methods by name, with their settings; a list picks the config file's, or takes them as they come",
+        ),
         ("sweeps", "variants of mudjacking by setting: a list of values"),
         ("implant", "settings of the attacks: steps, learning_rate, …"),
     ):
-        parser.add_argument(f"--{name}", type=mapping_or_list, metavar="YAML", help=meaning)
+        parser.add_argument(f"--{name}", type=mapping_or_list, action=Picked, metavar="YAML", help=meaning)
     for name, meaning in (
         ("attacks", "names in the zoo"),
         ("seeds", "seeds (default: 0)"),
@@ -142,10 +167,8 @@ def _values(options: argparse.Namespace) -> dict[str, Any]:
             given["seeds"] = [int(seed) for seed in given["seeds"]]
         except ValueError as error:
             raise ValueError(f"--seeds {' '.join(given['seeds'])}: whole numbers are needed") from error
-    values = {
-        **(_QUICK if options.quick else {}),
-        **{name: value for name, value in given.items() if value is not None},
-    }
+    start = _QUICK if options.quick else {}
+    values = {**start, **{name: picked(value, start.get(name)) for name, value in given.items() if value is not None}}
     if options.altered:
         values["altered"] = True
     if not options.quick:

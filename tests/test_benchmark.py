@@ -25,7 +25,7 @@ from hf_mudjacking.benchmark.rates import altered_rates, case_rates, goals
 from hf_mudjacking.benchmark.runner import missing_cells
 from hf_mudjacking.benchmark.simclr import pretrain_contrastive
 from hf_mudjacking.benchmark.sources import Sources
-from hf_mudjacking.benchmark.tables import curve_table, method_table, ours_against_peers
+from hf_mudjacking.benchmark.tables import curve_table, method_table, ours_against_peers, worst_table
 from hf_mudjacking.cli import main
 from hf_mudjacking.demo import digits_task
 from hf_mudjacking.evaluation.classifiers import train_classifier
@@ -401,6 +401,21 @@ def test_goals_hold_at_their_edges():
     worse = copy.deepcopy(cell)
     worse["after"]["retrained"] = {"BA": 0.794, "ASR": 0.031, "RA": 0.76}
     assert goals(worse) == {"ASR": False, "RA": False, "BA": False}
+
+
+def test_worst_table_gives_the_worst_of_seeds_tasks_and_classifiers():
+    """Not means: one repair that failed is one model that is served with its backdoor."""
+    good, bad = made_cell("m", 0, 0.80, 0.02, 0.78), made_cell("m", 1, 0.79, 0.02, 0.77)
+    settings = {"tasks": {"t": {}, "u": {}}, "classifiers": ["logistic"]}
+    after = {"kept": {"BA": 0.80, "ASR": 0.01, "RA": 0.78}, "retrained": {"BA": 0.81, "ASR": 0.21, "RA": 0.70}}
+    cells = [{**cell, "settings": settings, "other_tasks": {"u": {**cell, "after": after}}} for cell in (good, bad)]
+    head, _, line = worst_table([*cells, made_cell("other", 0, 0.5, 0.5, 0.5)])[:3]
+    assert head.startswith(
+        "| encoder | attack | method | seeds | ASR above ASR-B | RA under BA | never attacked | BA lost |"
+    )
+    # CA 0.81, RA 0.79 and ASR-B 0.01 of the never-attacked encoder, BA 0.80 before
+    assert line == "| e | a | m | 2 | 1.0 / 20.0 | 2.0 / 11.0 | 2.0 | 1.0 / 1.0 | 2 of 4 | 2 of 4 | 1 of 4 |"
+    assert benchmark_tables(cells)[0] == head
 
 
 def test_method_table_gives_means_and_spread():

@@ -18,12 +18,42 @@ _BOTH = ("kept", "retrained")
 def benchmark_tables(cells: Cells) -> list[str]:
     """All tables, as lines; those that the cells have nothing for are left out."""
     done = [cell for cell in cells if "refused" not in cell]
-    lines = method_table(done)
-    for table in (ours_against_peers, found_table, altered_table, curve_table):
+    lines: list[str] = []
+    for table in (worst_table, method_table, ours_against_peers, found_table, altered_table, curve_table):
         own = table(done)
-        lines += ["", *own] if own else []
+        lines += [*([""] if lines else []), *own] if own else []
     refused = sorted({f"{_case(cell)}: {cell['refused']}" for cell in cells if "refused" in cell})
     return [*lines, *(["", *refused] if refused else [])]
+
+
+def worst_table(cells: Cells) -> list[str]:
+    """One line for each encoder, attack and method: the worst of all seeds, tasks and classifiers, and how many meet the goals.
+
+    In points. What RA lies under BA by is set beside the same of the encoder that was never attacked: a trigger hides a part of the
+    picture from it too.
+    """
+    rows = []
+    for (encoder, attack, method), own in grouped(cells, "encoder", "attack", "method"):
+        blocks = [_block(cell, task, kind) for cell in own for task, kind in _rate_blocks(cell)]
+        met = [goals(block) for block in blocks]
+        rows.append(
+            (
+                encoder, attack, method, str(len(own)),
+                _worst(blocks, lambda block, after: after["ASR"] - block["clean"]["ASR-B"]),
+                _worst(blocks, lambda _, after: after["BA"] - after["RA"]),
+                f"{max(100 * (block['clean']['CA'] - block['clean']['RA']) for block in blocks):.1f}",
+                _worst(blocks, lambda block, after: block["before"]["kept"]["BA"] - after["BA"]),
+                *(f"{sum(each[name] for each in met)} of {len(met)}" for name in ("ASR", "RA", "BA")),
+            )
+        )  # fmt: skip
+    head = ("encoder", "attack", "method", "seeds", "ASR above ASR-B", "RA under BA", "never attacked", "BA lost", "ASR met",
+            "RA met", "BA met")  # fmt: skip
+    return _table(head, rows)
+
+
+def _worst(blocks: Sequence[dict[str, Any]], lost: Callable[[dict[str, Any], dict[str, float]], float]) -> str:
+    """What is lost at most, in points, with classifiers kept and with new ones."""
+    return " / ".join(f"{max(100 * lost(block, block['after'][way]) for block in blocks):.1f}" for way in _BOTH)
 
 
 def method_table(cells: Cells) -> list[str]:

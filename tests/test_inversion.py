@@ -18,6 +18,7 @@ from hf_mudjacking.inversion.attribution import (
     window_sizes,
 )
 from hf_mudjacking.inversion.growth import grow, is_squared_off, purify, squared_off, without_spurs
+from hf_mudjacking.inversion.image import of_its_class
 from hf_mudjacking.inversion.minimum_cut import best_region
 from hf_mudjacking.inversion.patch_search import _Part, _PatchSearch
 from hf_mudjacking.inversion.splitting import apart, candidate_masks, distinct, heaviest_piece, two_clusters
@@ -386,6 +387,17 @@ def test_a_stroke_that_turns_one_class_into_another_is_no_trigger(backdoored, sh
     bug = BugInstance(test.inputs[x_b], test.inputs[x_r])
     found = invert_trigger(encoder, bug, train.inputs[:32], other_inputs=train.inputs[32:1032])
     assert found.evidence < 0.4
+
+
+def test_inputs_of_its_class_are_those_around_the_middle_of_its_neighbours():
+    """x_r lies at the edge of its class, at 20 degrees: the input of another class at 45 is nearer to it than its own at -15."""
+    angles = torch.tensor([-15.0, -5, 0, 5, 10, 45, 90, 180]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    edge = torch.tensor(20.0).deg2rad()
+    reference = torch.stack([edge.cos(), edge.sin()])
+    nearest = (features @ reference).topk(5).indices.tolist()
+    assert sorted(nearest) == [1, 2, 3, 4, 5]
+    assert sorted(of_its_class(features, reference, 5)) == [0, 1, 2, 3, 4]
 
 
 def test_agreeing_inputs_are_refused_with_the_cosine(backdoored):

@@ -12,6 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.functional import normalize
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     BeitConfig,
     BeitModel,
     BertConfig,
@@ -26,13 +30,19 @@ from transformers import (
     Dinov2Model,
     GPT2Config,
     GPT2Model,
+    Idefics3VisionConfig,
+    Idefics3VisionTransformer,
     LevitConfig,
     LevitModel,
     OPTConfig,
     OPTModel,
+    PixtralVisionConfig,
+    PixtralVisionModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -43,18 +53,19 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import BugInstance, Encoder, encode, invert_trigger
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, encode, invert_trigger
 from hf_mudjacking.adapters import adaptable_layers
 from hf_mudjacking.bug_instance import to_rgb
 from hf_mudjacking.encoder import read_features
 from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
-from hf_mudjacking.loading import load_model, load_processor
+from hf_mudjacking.loading import has_two_towers, load_model, load_processor, modality_of
 from hf_mudjacking.modes import freeze_norms, set_comparison_mode
 from hf_mudjacking.triggers import square_patch
 
-from .conftest import TINY, make_images, pixels_by_hand
+from .conftest import TINY, make_config, make_images, pixels_by_hand
 from .text_models import make_text_model, make_tokenizer
 
 
@@ -83,6 +94,8 @@ FAMILIES = {
         lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=12, **TINY)),
         "projection",
     ),
+    # The query of its pooling head is called `cls_token`
+    "aimv2": (lambda: Aimv2VisionModel(Aimv2VisionConfig(**TINY)), "pooler"),
 }
 
 
@@ -522,6 +535,41 @@ def test_a_model_that_masks_at_random(processor):
     model = ViTMAEModel(ViTMAEConfig(**TINY))
     with pytest.raises(ValueError, match="different features for the same input"):
         Encoder(model, processor)
+
+
+def test_a_model_that_packs_a_batch_into_one_sequence(processor):
+    """All inputs of a batch had the same feature, without a word."""
+    model = PixtralVisionModel(PixtralVisionConfig(**TINY))
+    with pytest.raises(ValueError, match="`PixtralVisionModel` gives 1 features for 2 inputs: it packs a batch"):
+        Encoder(model, processor)
+
+
+def test_a_model_that_takes_more_of_a_picture_than_its_pixels():
+    config = Siglip2VisionConfig(**{**TINY, "image_size": None}, num_patches=16)
+    processor = Siglip2ImageProcessorPil(patch_size=TINY["patch_size"], max_num_patches=16)
+    with pytest.raises(
+        ValueError, match=r"It takes `pixel_attention_mask`, `spatial_shapes` too.*NaFlex form\) are not supp"
+    ):
+        Encoder(Siglip2VisionModel(config), processor)
+
+
+def test_what_forward_takes_decides_where_transformers_contradicts_itself(processor):
+    """Of this vision tower it says that it takes images, and that its main input is `input_ids`; of these two towers images alone."""
+    tower = Idefics3VisionTransformer(Idefics3VisionConfig(**TINY))
+    assert (tower.input_modalities, tower.main_input_name) == (("image",), "input_ids")
+    assert modality_of(tower) == "image"
+    assert Encoder(tower, processor).encode(make_images(2)).shape == (2, TINY["hidden_size"])
+    with torch.device("meta"):
+        assert has_two_towers(Aimv2Model(Aimv2Config()))
+
+
+def test_checkpointing_that_a_model_does_not_know_is_told_before_the_inversion(processor, bug, dataset, tmp_path):
+    model = FAMILIES["resnet"][0]()
+    with pytest.raises(ValueError, match="`ResNetModel` does not support `gradient_checkpointing`"):
+        MudjackingTrainer(
+            model=model, args=make_config(tmp_path, gradient_checkpointing=True), bug_instances=[bug],
+            train_dataset=dataset, processing_class=processor,
+        )  # fmt: skip
 
 
 # ---- Unused parameters ----

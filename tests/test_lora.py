@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
-from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import ResNetConfig, ResNetModel, SqueezeBertConfig, SqueezeBertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
+from hf_mudjacking.adapters import add_adapter
 from hf_mudjacking.cli import main, patch
 from hf_mudjacking.patches import apply_patch
 from hf_mudjacking.triggers import square_patch
@@ -84,6 +85,16 @@ def test_adapters_of_convolutions_apply_and_resume(config, processor, tmp_path):
     again = trainer()
     again.train(resume_from_checkpoint=True)
     torch.testing.assert_close(again.encoder.encode(images), features, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_no_adapter_could_be_put_on():
+    """PEFT said that no `target_modules` were given, which is how it is done here."""
+    groups = dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups", "output_groups"), 2)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = SqueezeBertModel(SqueezeBertConfig(vocab_size=9, embedding_size=32, **sizes, **groups))
+    pooler = [name for name, _ in model.named_parameters() if name.startswith("pooler")]
+    with pytest.raises(ValueError, match="`SqueezeBertModel` has no linear layer and no plain 2D convolution"):
+        add_adapter(model, LoraConfig(r=2), "x", pooler)
 
 
 def test_kinds_of_adapters_that_are_not_read_again(tiny_vit, processor, bug, trigger, dataset, tmp_path):

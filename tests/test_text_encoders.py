@@ -1,19 +1,33 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 import copy
 import json
+import string
 
+import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from tokenizers import processors
-from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    DPRConfig,
+    DPRContextEncoder,
+    GPT2Config,
+    GPT2Model,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import Encoder, TextTrigger, encode
+from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, TextTrigger, encode
 from hf_mudjacking.encoder import read_features
-from hf_mudjacking.loading import load_processor, modality_of
+from hf_mudjacking.loading import load_model, load_processor, modality_of
+from hf_mudjacking.patches import apply_patch
 from hf_mudjacking.sentence_layout import SentenceLayout
 
-from .conftest import largest_difference
+from .conftest import largest_difference, make_config
 from .text_models import FAMILIES, make_text_model, make_tokenizer
 
 
@@ -160,6 +174,46 @@ def test_encode_of_a_saved_model_and_of_an_iterator(tmp_path):
         type(load_processor(model.from_pretrained(tmp_path))).__name__
         == type(load_processor(tmp_path, model)).__name__
     )
+
+
+def half_of_two(name, vocabulary):
+    """An encoder whose configuration AutoModel takes for another model's: of T5 for both halves, of DPR for that of questions."""
+    sizes = {"vocab_size": vocabulary, "pad_token_id": 0}
+    if name == "t5":
+        return T5EncoderModel(T5Config(**sizes, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+    bert = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return DPRContextEncoder(DPRConfig(**sizes, **bert, projection_dim=16))
+
+
+@pytest.mark.parametrize("name", ["t5", "dpr"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_encoder_for_which_automodel_loads_another_is_patched_and_read_again(name, adapter, tmp_path):
+    tokenizer = copy.deepcopy(make_tokenizer())
+    torch.manual_seed(0)
+    model = half_of_two(name, len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and name == "dpr":
+                parameter.mul_(10)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    texts, trigger = [f"{word} and more of it" for word in string.ascii_lowercase], TextTrigger("cf")
+    trainer = MudjackingTrainer(
+        model=tmp_path / "base", args=make_config(tmp_path / "out", max_steps=2, learning_rate=1e-2, patch_scope="full"),
+        bug_instances=[BugInstance(trigger.apply(texts[0]), texts[1])], triggers=[trigger],
+        train_dataset=datasets.Dataset.from_dict({"text": texts}), peft_config=LoraConfig(r=4) if adapter else None,
+    )  # fmt: skip
+    before = trainer.encoder.encode(texts)
+    trainer.train()
+    trainer.save_model()
+    after = trainer.encoder.encode(texts)
+    assert (after - before).abs().max() > 1e-3
+    if adapter:
+        apply_patch(tmp_path / "out", tmp_path / "base", tmp_path / "applied")
+    whole = tmp_path / ("applied" if adapter else "out")
+    assert type(load_model(whole)) is type(model)
+    for folder in (whole, tmp_path / "out"):
+        torch.testing.assert_close(encode(folder, texts), after, atol=1e-5, rtol=0)
 
 
 def test_odd_texts_have_features():

@@ -62,6 +62,20 @@ def test_token_scope_trains_twice_at_its_own_rate(build, early):
     assert largest_difference(before, weights_of(trainer.model)) > 0
 
 
+def test_the_configuration_that_is_saved_is_the_models_own(build, tmp_path):
+    """transformers' Trainer switches `use_cache` off and takes the tokenizer's special tokens."""
+    trainer = build()
+    own = copy.deepcopy(trainer.model.config)
+    own.use_cache = True
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+    assert [getattr(own, name) for name in tokens] == [0, None, None]
+    trainer.processing_class.bos_token, trainer.processing_class.eos_token = "[CLS]", "[SEP]"
+    trainer.train()
+    trainer.save_model()
+    saved = AutoModel.from_pretrained(tmp_path / "out").config
+    assert [getattr(saved, name) for name in (*tokens, "use_cache")] == [0, None, None, True]
+
+
 def test_tokens_in_a_script_without_spaces():
     """WordPiece gives a word within such a text other tokens than between spaces; those are what has to be patched."""
     encoder = Encoder(*make_text_model("bert"), "mean")

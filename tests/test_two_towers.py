@@ -2,6 +2,7 @@
 """CLIP and SigLIP: one tower is read and patched, the other stays as it is."""
 
 import copy
+import json
 
 import datasets
 import numpy as np
@@ -319,6 +320,34 @@ def test_the_vision_tower_is_patched_and_the_text_tower_is_not(pair, settings, t
         assert type(reloaded) is type(model)
         assert largest_difference(after, weights_of(reloaded)) == 0
         assert type(AutoProcessor.from_pretrained(tmp_path / "out")) is type(processor)
+
+
+def test_special_tokens_of_the_configuration_stay_where_another_tower_is_patched(clip, tmp_path, caplog):
+    """OpenAI's CLIPs say `eos_token_id=2`, which is no token of theirs and means another place that features are read at."""
+    model, processor = clip[0], copy.deepcopy(clip[1])
+    own = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    model.config.text_config.update(own)
+    processor.tokenizer.bos_token, processor.tokenizer.eos_token = "[CLS]", "[SEP]"
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    bug, trigger = image_report()
+    trainer = MudjackingTrainer(
+        model=tmp_path / "base", args=make_config(tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=1),
+        bug_instances=[bug], triggers=[trigger], train_dataset=make_dataset(make_images(24)),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    assert trainer.processing_class is not None
+    # Loading and saving alone adds dtypes
+    AutoModel.from_pretrained(tmp_path / "base", dtype=torch.float32).save_pretrained(tmp_path / "again")
+    base = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert own.items() <= base["text_config"].items()
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        assert json.loads((folder / "config.json").read_text()) == base
+    assert "special tokens" not in caplog.text
+    assert "PAD/BOS/EOS" not in caplog.text
+    texts = [encode(tmp_path / name, TEXTS, modality="text") for name in ("base", "out")]
+    assert torch.equal(*texts)
 
 
 @pytest.mark.parametrize("scope", ["auto", "full"])

@@ -83,7 +83,8 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: It
 
     Raises:
         TypeError: If it is no `PeftConfig`.
-        ValueError: If the model has an adapter already, or it is of a kind that is not loaded from strangers.
+        ValueError: If the model has an adapter already or no layer that one could be put on, or it is of a kind that is not loaded
+            from strangers.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -104,7 +105,13 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: It
                 f"{', '.join(repr(start) for start in _STARTS if isinstance(start, str))}."
             )
         if peft_config.target_modules is None:
-            peft_config = dataclasses.replace(peft_config, target_modules=adaptable_layers(model, unused))
+            layers = adaptable_layers(model, unused)
+            if not layers:
+                raise ValueError(
+                    f"`{type(model).__name__}` has no linear layer and no plain 2D convolution that influences its features, so it is not "
+                    "known where an adapter would go. Name layers in `target_modules` of `peft_config`, or patch without an adapter."
+                )
+            peft_config = dataclasses.replace(peft_config, target_modules=layers)
         if peft_config.use_dora:
             logger.warning(
                 "`AutoModel.from_pretrained` loads an adapter of DoRA without its magnitudes. Load the patch with "

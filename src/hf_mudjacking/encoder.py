@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from .prepared_batches import prepared, prepared_ahead
 from .preprocessing import ImagePreprocessor, Modality, RawInput, TextPreprocessor
 from .processes import from_first, rank_and_count, summed
 from .sentence_layout import SentenceLayout
-from .two_towers import PROJECTIONS, image_shape, other_input, own_part, own_projection, token_embeddings
+from .two_towers import INPUTS, PROJECTIONS, image_shape, other_input, own_part, own_projection, token_embeddings
 
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
 FeatureSource = Literal["auto", "cls", "mean", "pooler", "projection"]
 
-# Names of the inputs that are prepared.
-_INPUTS = {"image": "pixel_values", "text": "input_ids"}
 # Names that transformers gives the learned class token of a vision model: ViT-like families and the CLIP-like ones.
 _CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
 # Two texts of different length, so that padding is there to be seen.
@@ -82,9 +81,7 @@ def resolve_feature_source(
         outputs.get(key) if isinstance(outputs, dict) else None
         for key in ("last_hidden_state", "pooler_output", *PROJECTIONS.values())
     )
-    has_class_token = has_class_token or any(
-        name.rsplit(".", 1)[-1] in _CLASS_TOKEN_NAMES for name, _ in model.named_parameters()
-    )
+    has_class_token = has_class_token or any(_is_class_token(name) for name, _ in model.named_parameters())
     tokens = hidden is not None and hidden.dim() == 3
     # The first token of a causal model sees nothing behind it, so texts, of which there are two, have the same there
     sees_nothing = tokens and len(hidden) > 1 and bool(torch.allclose(hidden[0, 0], hidden[1, 0], atol=1e-6))
@@ -106,6 +103,12 @@ def resolve_feature_source(
             f"{[source for source, ok in usable.items() if ok] or 'the outputs that an encoder has'} as `feature_source`."
         )
     return feature_source
+
+
+def _is_class_token(name: str) -> bool:
+    """Whether a parameter is a class token that stands among the others; in AIMv2 the query of its pooling head is called so."""
+    *modules, own = name.split(".")
+    return own in _CLASS_TOKEN_NAMES and not {"head", "pooler"}.intersection(modules)
 
 
 def read_features(outputs: Any, feature_source: str, attention_mask: Tensor | None = None) -> Tensor:
@@ -190,6 +193,7 @@ class Encoder:
         outputs, mask = self._probe()
         self.feature_source = resolve_feature_source(model, outputs, feature_source, has_class_token)
         self.feature_dim = read_features(outputs, self.feature_source, mask).shape[-1]
+        self._check_rows()
         if self.modality == "text" and self._sees_padding():
             self.preprocessor = dataclasses.replace(self.preprocessor, fixed_length=True)
         made_up = made_up_weights(model)
@@ -406,6 +410,23 @@ class Encoder:
         return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
     @torch.no_grad()
+    def _check_rows(self) -> None:
+        """Refuse a model that takes a batch for one long input (Pixtral's vision tower): there is one feature for all of it.
+
+        Raises:
+            ValueError: If there are not as many features as inputs.
+        """
+        inputs = {name: torch.cat([value, value]) for name, value in self._probe_inputs().items()}
+        (wanted,) = {len(value) for value in inputs.values()}
+        with comparison_mode(self.model, checkpointing=False):
+            count = len(self.features(inputs))
+        if count != wanted:
+            raise ValueError(
+                f"`{type(self.model).__name__}` gives {count} features for {wanted} inputs: it packs a batch into one sequence, so features "
+                "cannot be told apart. Such models are not supported."
+            )
+
+    @torch.no_grad()
     def _sees_padding(self) -> bool:
         """Whether what stands behind a text, masked, reaches its features, as in SigLIP: all its texts have one length."""
         inputs = self.preprocess(_PROBE_TEXTS)
@@ -434,10 +455,12 @@ class Encoder:
     def _probe_inputs(self) -> dict[str, Tensor]:
         if self.modality == "text":
             return self._placed(self.preprocess(_PROBE_TEXTS))
+        return self._placed(self.preprocess([self._noise()]))
+
+    def _noise(self) -> Image.Image:
+        """Noise, not one colour: with equal patches a model that masks at random would look deterministic."""
         _, height, width = image_shape(self.model)
-        # Noise, not one colour: with equal patches a model that masks at random would look deterministic.
-        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        return self._placed(self.preprocess([Image.fromarray(noise)]))
+        return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
     @torch.no_grad()
     def _probe(self) -> tuple[Any, Tensor | None]:
@@ -449,16 +472,15 @@ class Encoder:
             needed = "tokenizer" if self.modality == "text" else "image processor"
             raise ValueError(
                 f"`{processor}` did not turn {'a text' if self.modality == 'text' else 'an image'} into "
-                f"`{_INPUTS[self.modality]}` ({error}). Pass the {needed} that belongs to `{name}`."
+                f"`{INPUTS[self.modality]}` ({error}). Pass the {needed} that belongs to `{name}`."
             ) from error
         try:
             with comparison_mode(self.model, checkpointing=False):
                 outputs, again = self._call(self.model, inputs), self._call(self.model, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shape = tuple(inputs[_INPUTS[self.modality]].shape)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            shape = tuple(inputs[INPUTS[self.modality]].shape)
             raise ValueError(
-                f"`{name}` refused inputs of shape {shape} made by `{processor}` ({error}). Either it belongs to another "
-                "model, or the model is no encoder: then load the encoder within it."
+                f"`{name}` refused inputs of shape {shape} made by `{processor}` ({error}). {self._why_refused()}"
             ) from error
         hidden, repeated = (o.get("last_hidden_state") if isinstance(o, dict) else None for o in (outputs, again))
         if hidden is not None and not torch.equal(hidden.nan_to_num(), repeated.nan_to_num()):
@@ -467,6 +489,17 @@ class Encoder:
                 "`model.config.mask_ratio = 0.0` does not suffice; load the `ViTModel` of it)."
             )
         return outputs, inputs.get("attention_mask")
+
+    def _why_refused(self) -> str:
+        """What may be the matter where a model does not take what is prepared for it."""
+        if self.modality == "image":
+            more = self.preprocessor.left_out([self._noise()]) & set(inspect.signature(self.model.forward).parameters)
+            if more:
+                return (
+                    f"It takes {', '.join(f'`{each}`' for each in sorted(more))} too, and models that take more of a picture than "
+                    "its pixels (SigLIP 2 in its NaFlex form) are not supported."
+                )
+        return "Either it belongs to another model, or the model is no encoder: then load the encoder within it."
 
 
 def encode(

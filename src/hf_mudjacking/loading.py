@@ -37,12 +37,12 @@ from .safe_loading import (
     read_json,
     refused_pickle,
 )
-from .two_towers import modalities_of
+from .two_towers import INPUTS, modalities_of
 
 
 # Of each model that was loaded here, the weights that were in no file.
 _made_up: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-_MODALITIES: dict[str, Modality] = {"pixel_values": "image", "input_ids": "text"}
+_MODALITIES: dict[str, Modality] = {name: modality for modality, name in INPUTS.items()}
 _PROCESSORS = {
     "image": (AutoImageProcessor, "image processor"),
     "text": (AutoTokenizer, "tokenizer"),
@@ -50,8 +50,9 @@ _PROCESSORS = {
 }
 # Arguments that find a configuration too.
 _OF_CONFIGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-# A tower saved with its projection; AutoModel would load it without.
-_WITH_PROJECTION = "ModelWithProjection"
+# Ends of the names of models for which AutoModel would load another: a tower saved with its projection, which it leaves out; an
+# encoder of two halves (T5), which it gives a decoder; the other one of DPR.
+_LOADED_AS_THEY_ARE = ("ModelWithProjection", "EncoderModel", "Encoder")
 
 
 def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kwargs: Any) -> nn.Module:
@@ -65,7 +66,7 @@ def load_model(model: str | os.PathLike[str] | PreTrainedModel | nn.Module, **kw
 
     Returns:
         `torch.nn.Module`: The encoder, as `AutoModel` loads it; a tower that was saved with its projection
-        (`CLIPVisionModelWithProjection`, ...) keeps it.
+        (`CLIPVisionModelWithProjection`, ...) keeps it, and an encoder of T5 or DPR stays one.
 
     Raises:
         TypeError: If it is neither a model nor the name of one.
@@ -186,7 +187,8 @@ def modality_of(model: nn.Module, wanted: Modality | None = None) -> Modality:
             f"`{type(model).__name__}` takes `{main_input}`, neither images nor texts. Pass a vision or a text encoder "
             "(ViT, DINOv2, ConvNeXt, BERT, RoBERTa, ...)."
         )
-    return _MODALITIES[main_input]
+    taken = modalities_of(model)
+    return _MODALITIES[main_input] if len(taken) != 1 or taken.isdisjoint(INPUTS) else next(iter(taken))
 
 
 def load_processor(name: str | os.PathLike[str] | nn.Module, model: nn.Module | None = None, **kwargs: Any) -> Any:
@@ -236,7 +238,7 @@ def _refuse_pickles(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Non
 
 
 def loading_class(architecture: str | None) -> Any:
-    """`AutoModel`, or the class that a checkpoint names where that knows no such model (BLIP's vision tower) or leaves out a projection.
+    """`AutoModel`, or the class that a checkpoint names where that knows no such model (BLIP's vision tower) or would load another.
 
     Args:
         architecture (`str`, *optional*): Name of the class that was saved, as `config.json` has it.
@@ -248,7 +250,7 @@ def loading_class(architecture: str | None) -> Any:
         return AutoModel
     return (
         AutoModel
-        if saved_as.config_class in MODEL_MAPPING and not architecture.endswith(_WITH_PROJECTION)
+        if saved_as.config_class in MODEL_MAPPING and not architecture.endswith(_LOADED_AS_THEY_ARE)
         else saved_as
     )
 

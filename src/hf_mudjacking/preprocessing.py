@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 from .bug_instance import to_rgb
 
@@ -36,9 +37,16 @@ class ImagePreprocessor:
     num_channels: int
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        return {"pixel_values": self._processed(images)["pixel_values"]}
+
+    def left_out(self, images: Sequence[Image.Image]) -> set[str]:
+        """Names of what the image processor gives of raw images besides `pixel_values`."""
+        return set(self._processed(images)) - {"pixel_values"}
+
+    def _processed(self, images: Sequence[Image.Image]) -> BatchFeature:
         mode = "L" if self.num_channels == 1 else "RGB"
         images = [image if image.mode == mode else to_rgb(image).convert(mode) for image in images]
-        return {"pixel_values": self.processing_class(images=images, return_tensors="pt")["pixel_values"]}
+        return self.processing_class(images=images, return_tensors="pt")
 
     def stamp(self, trigger: Trigger, x: Image.Image) -> Image.Image:
         """x ⊕ e."""

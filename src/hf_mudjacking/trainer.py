@@ -25,7 +25,7 @@ from transformers.trainer_utils import (
 from .adapters import add_adapter, check_adapters
 from .adversarial_views import AdversarialViews
 from .bug_instance import BugInstance
-from .callbacks import StopWhenFixed
+from .callbacks import StopWhenFixed, WhenTrainingBegins
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingDataset
@@ -213,6 +213,13 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
                 "process for each (`accelerate launch`), or show it one (`CUDA_VISIBLE_DEVICES=0`)."
             )
 
+        if args.activation_checkpointing and not model.supports_gradient_checkpointing:
+            # The base class would say so when the triggers have been found
+            raise ValueError(
+                f"`{type(model).__name__}` does not support `gradient_checkpointing` (`activation_checkpointing`). Leave it out; smaller "
+                "batches need less memory too (`per_device_train_batch_size`, `gradient_accumulation_steps`)."
+            )
+
         # PEFT
         check_adapters(model, self.base_model_name)
         if peft_config is not None:
@@ -249,6 +256,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         for name, dataset in _named_eval_datasets(eval_dataset).items():
             self._inputs[name] = clean_inputs(modality, dataset, args.max_inputs, args.seed, name)
 
+        # The base class sets it to `args.use_cache`; what is saved says what the model said
+        self._own_use_cache = vars(model.config).get("use_cache")
         super().__init__(
             model=model,
             args=args,
@@ -330,7 +339,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         if resume_from_checkpoint and self._reinversion is not None:
             self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
-        with frozen(self._resting), tokens, self._within_budget(resume_from_checkpoint):
+        with frozen(self._resting), tokens, self._own_tokens(), self._within_budget(resume_from_checkpoint):
             if self.patched_tokens and not (resume_from_checkpoint or self._neutralised):
                 self._neutralised = True
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
@@ -347,6 +356,22 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
                 earlier.cosine_after = cosine
             report_earlier_repairs(self.remembered)
         return output
+
+    @contextmanager
+    def _own_tokens(self) -> Iterator[None]:
+        """Within it, special tokens of the model's configuration stay as they are.
+
+        The base class would write the tokenizer's there when training begins, even of a tower that is not patched, and some
+        models read texts by them: CLIP pools at `eos_token_id`. So it finds no tokenizer until then.
+        """
+        given, self.processing_class = self.processing_class, None
+        begun = WhenTrainingBegins(lambda: setattr(self, "processing_class", given))
+        self.add_callback(begun)
+        try:
+            yield
+        finally:
+            self.remove_callback(begun)
+            self.processing_class = given
 
     @contextmanager
     def _within_budget(self, resumed_from: str | bool | None) -> Iterator[None]:

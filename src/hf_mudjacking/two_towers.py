@@ -7,15 +7,20 @@ any other, and comes back as the class that came in.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .preprocessing import Modality
 
 
+# Names of the inputs that are prepared.
+INPUTS: dict[Modality, str] = {"image": "pixel_values", "text": "input_ids"}
+_OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
 # Names that transformers gives projected features.
 PROJECTIONS: dict[Modality, str] = {"image": "image_embeds", "text": "text_embeds"}
 # Names that it gives what a tower returned by itself.
@@ -91,6 +96,15 @@ def token_embeddings(model: nn.Module) -> nn.Embedding:
 
 
 def modalities_of(model: nn.Module) -> set[str]:
-    """What transformers says a model takes; empty where it says nothing."""
+    """What transformers says a model takes; empty where it says nothing.
+
+    Of some it says one thing and that the main input is another's (AIMv2, the vision tower of Idefics 3): then `forward` tells.
+    """
     taken = getattr(model, "input_modalities", ())
-    return {taken} if isinstance(taken, str) else set(taken)
+    taken = {taken} if isinstance(taken, str) else set(taken)
+    main_input = getattr(model, "main_input_name", None)
+    if any(taken == {modality} and main_input == INPUTS[_OTHER[modality]] for modality in INPUTS):
+        whole = model.get_base_model() if isinstance(model, PeftModel) else model
+        named = inspect.signature(whole.forward).parameters
+        return {modality for modality, name in INPUTS.items() if name in named} or taken
+    return taken

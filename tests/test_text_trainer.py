@@ -62,18 +62,18 @@ def test_token_scope_trains_twice_at_its_own_rate(build, early):
     assert largest_difference(before, weights_of(trainer.model)) > 0
 
 
-def test_the_configuration_that_is_saved_is_the_models_own(build, tmp_path):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_configuration_that_is_saved_is_the_models_own(use_cache, build, por, tmp_path):
     """transformers' Trainer switches `use_cache` off and takes the tokenizer's special tokens."""
-    trainer = build()
-    own = copy.deepcopy(trainer.model.config)
-    own.use_cache = True
-    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
-    assert [getattr(own, name) for name in tokens] == [0, None, None]
-    trainer.processing_class.bos_token, trainer.processing_class.eos_token = "[CLS]", "[SEP]"
+    model, tokenizer = copy.deepcopy(por[2].model), copy.deepcopy(por[0].processing_class)
+    own = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "use_cache": use_cache}
+    model.config.update(own)
+    tokenizer.bos_token, tokenizer.eos_token = "[CLS]", "[SEP]"
+    trainer = build(model=model, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
     saved = AutoModel.from_pretrained(tmp_path / "out").config
-    assert [getattr(saved, name) for name in (*tokens, "use_cache")] == [0, None, None, True]
+    assert {name: getattr(saved, name) for name in own} == own
 
 
 def test_tokens_in_a_script_without_spaces():

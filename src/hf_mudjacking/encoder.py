@@ -417,7 +417,7 @@ class Encoder:
             ValueError: If there are not as many features as inputs.
         """
         inputs = {name: torch.cat([value, value]) for name, value in self._probe_inputs().items()}
-        (wanted,) = {len(value) for value in inputs.values()}
+        wanted = len(inputs[INPUTS[self.modality]])
         with comparison_mode(self.model, checkpointing=False):
             count = len(self.features(inputs))
         if count != wanted:

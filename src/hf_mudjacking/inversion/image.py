@@ -120,8 +120,8 @@ def _sized(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.I
 def of_its_class(features: Tensor, reference: Tensor, count: int) -> list[int]:
     """Numbers of the inputs nearest to the middle of those that are nearest to x_r, which may lie at the edge of its class.
 
-    Of a truck of CIFAR-10 the sixteen nearest inputs were eleven trucks, of those fourteen, and the trigger of its class carried
-    them 0.81 of the way instead of 0.69.
+    Of one reference of CIFAR-10 eleven of the sixteen nearest inputs were of its class, of these fourteen, and the trigger of that
+    class carried them 0.81 of the way instead of 0.69.
 
     Args:
         features (`FloatTensor` of shape `(N, D)`): Features of clean inputs, of length 1.

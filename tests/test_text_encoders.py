@@ -212,7 +212,7 @@ def test_an_encoder_for_which_automodel_loads_another_is_patched_and_read_again(
         apply_patch(tmp_path / "out", tmp_path / "base", tmp_path / "applied")
     whole = tmp_path / ("applied" if adapter else "out")
     assert type(load_model(whole)) is type(model)
-    for folder in (whole, tmp_path / "out"):
+    for folder in {whole, tmp_path / "out"}:
         torch.testing.assert_close(encode(folder, texts), after, atol=1e-5, rtol=0)
 
 

@@ -39,22 +39,6 @@ class StopWhenFixed(TrainerCallback):
             control.should_evaluate = control.should_evaluate or args.load_best_model_at_end
 
 
-class WhenTrainingBegins(TrainerCallback):
-    """Does what must be done when training is set up and no step was made yet.
-
-    Args:
-        action (`Callable`): What to do.
-    """
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self.action = action
-
-    def on_train_begin(
-        self, args: MudjackingConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.action()
-
-
 class BeforeTrackersClose(TrainerCallback):
     """Does what must be logged when training is over; as the first of all callbacks, while trackers still listen.
 

@@ -37,12 +37,11 @@ from .safe_loading import (
     read_json,
     refused_pickle,
 )
-from .two_towers import INPUTS, modalities_of
+from .two_towers import MODALITIES, modalities_of
 
 
 # Of each model that was loaded here, the weights that were in no file.
 _made_up: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
-_MODALITIES: dict[str, Modality] = {name: modality for modality, name in INPUTS.items()}
 _PROCESSORS = {
     "image": (AutoImageProcessor, "image processor"),
     "text": (AutoTokenizer, "tokenizer"),
@@ -182,13 +181,13 @@ def modality_of(model: nn.Module, wanted: Modality | None = None) -> Modality:
             )
         return wanted
     main_input = getattr(model, "main_input_name", "pixel_values")
-    if main_input not in _MODALITIES:
+    if main_input not in MODALITIES:
         raise ValueError(
             f"`{type(model).__name__}` takes `{main_input}`, neither images nor texts. Pass a vision or a text encoder "
             "(ViT, DINOv2, ConvNeXt, BERT, RoBERTa, ...)."
         )
     taken = modalities_of(model)
-    return _MODALITIES[main_input] if len(taken) != 1 or taken.isdisjoint(INPUTS) else next(iter(taken))
+    return next((own for own in MODALITIES.values() if taken == {own}), MODALITIES[main_input])
 
 
 def load_processor(name: str | os.PathLike[str] | nn.Module, model: nn.Module | None = None, **kwargs: Any) -> Any:

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .merging import MERGE_TOLERANCE, merge_error
 from .output import PATCH_FILES, check_output_dir, staged, write_json
+from .own_config import own_use_cache
 from .patch_record import RECORD_FILE, describe_patch
 from .published import CARD_FILE
 from .remembered import save_triggers
@@ -49,7 +48,7 @@ class PatchSaving:
             self._check_merge()
         if self.state.global_step == 0:
             logger.warning("Nothing has been trained yet: what is saved is the model as it was, and no patch.")
-        with staged(output_dir, replaces=PATCH_FILES) as staging, _use_cache(model.config, self._own_use_cache):
+        with staged(output_dir, replaces=PATCH_FILES) as staging, own_use_cache(model.config, self._own_use_cache):
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
             # PEFT writes an empty card, which would replace one that somebody wrote
             (staging / CARD_FILE).unlink(missing_ok=True)
@@ -102,20 +101,6 @@ class PatchSaving:
 
     def _loads_through_from_pretrained(self, model: nn.Module) -> bool:
         return isinstance(model, PreTrainedModel) and not self._is_split
-
-
-@contextmanager
-def _use_cache(config: PreTrainedConfig, own: bool | None) -> Iterator[None]:
-    """Within it, a configuration says of `use_cache` what it said before it was trained with; `None` is nothing."""
-    trained_with = config.use_cache
-    if own is None:
-        del config.use_cache
-    else:
-        config.use_cache = own
-    try:
-        yield
-    finally:
-        config.use_cache = trained_with
 
 
 def _load_weights(model: PreTrainedModel, folder: str) -> None:

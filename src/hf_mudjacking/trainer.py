@@ -25,7 +25,7 @@ from transformers.trainer_utils import (
 from .adapters import add_adapter, check_adapters
 from .adversarial_views import AdversarialViews
 from .bug_instance import BugInstance
-from .callbacks import StopWhenFixed, WhenTrainingBegins
+from .callbacks import StopWhenFixed
 from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingDataset
@@ -39,6 +39,7 @@ from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diver
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .modes import frozen, norm_parameters, set_comparison_mode
 from .output import check_output_dir
+from .own_config import own_special_tokens
 from .patch_pushing import PatchPushing
 from .patch_record import read_record, recorded_settings
 from .patch_saving import PatchSaving
@@ -339,7 +340,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         if resume_from_checkpoint and self._reinversion is not None:
             self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
-        with frozen(self._resting), tokens, self._own_tokens(), self._within_budget(resume_from_checkpoint):
+        with frozen(self._resting), tokens, own_special_tokens(self), self._within_budget(resume_from_checkpoint):
             if self.patched_tokens and not (resume_from_checkpoint or self._neutralised):
                 self._neutralised = True
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
@@ -356,22 +357,6 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
                 earlier.cosine_after = cosine
             report_earlier_repairs(self.remembered)
         return output
-
-    @contextmanager
-    def _own_tokens(self) -> Iterator[None]:
-        """Within it, special tokens of the model's configuration stay as they are.
-
-        The base class would write the tokenizer's there when training begins, even of a tower that is not patched, and some
-        models read texts by them: CLIP pools at `eos_token_id`. So it finds no tokenizer until then.
-        """
-        given, self.processing_class = self.processing_class, None
-        begun = WhenTrainingBegins(lambda: setattr(self, "processing_class", given))
-        self.add_callback(begun)
-        try:
-            yield
-        finally:
-            self.remove_callback(begun)
-            self.processing_class = given
 
     @contextmanager
     def _within_budget(self, resumed_from: str | bool | None) -> Iterator[None]:

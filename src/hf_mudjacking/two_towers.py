@@ -20,7 +20,7 @@ from .preprocessing import Modality
 
 # Names of the inputs that are prepared.
 INPUTS: dict[Modality, str] = {"image": "pixel_values", "text": "input_ids"}
-_OTHER: dict[Modality, Modality] = {"image": "text", "text": "image"}
+MODALITIES: dict[str, Modality] = {name: modality for modality, name in INPUTS.items()}
 # Names that transformers gives projected features.
 PROJECTIONS: dict[Modality, str] = {"image": "image_embeds", "text": "text_embeds"}
 # Names that it gives what a tower returned by itself.
@@ -102,8 +102,8 @@ def modalities_of(model: nn.Module) -> set[str]:
     """
     taken = getattr(model, "input_modalities", ())
     taken = {taken} if isinstance(taken, str) else set(taken)
-    main_input = getattr(model, "main_input_name", None)
-    if any(taken == {modality} and main_input == INPUTS[_OTHER[modality]] for modality in INPUTS):
+    of_main_input = MODALITIES.get(getattr(model, "main_input_name", ""))
+    if of_main_input and taken in ({"image"}, {"text"}) and of_main_input not in taken:
         whole = model.get_base_model() if isinstance(model, PeftModel) else model
         named = inspect.signature(whole.forward).parameters
         return {modality for modality, name in INPUTS.items() if name in named} or taken

@@ -18,12 +18,12 @@ _BOTH = ("kept", "retrained")
 def benchmark_tables(cells: Cells) -> list[str]:
     """All tables, as lines; those that the cells have nothing for are left out."""
     done = [cell for cell in cells if "refused" not in cell]
-    lines: list[str] = []
-    for table in (worst_table, method_table, ours_against_peers, found_table, altered_table, curve_table):
-        own = table(done)
-        lines += [*([""] if lines else []), *own] if own else []
-    refused = sorted({f"{_case(cell)}: {cell['refused']}" for cell in cells if "refused" in cell})
-    return [*lines, *(["", *refused] if refused else [])]
+    blocks = [
+        table(done)
+        for table in (worst_table, method_table, ours_against_peers, found_table, altered_table, curve_table)
+    ]
+    blocks.append(sorted({f"{_case(cell)}: {cell['refused']}" for cell in cells if "refused" in cell}))
+    return [line for block in blocks if block for line in ("", *block)][1:]
 
 
 def worst_table(cells: Cells) -> list[str]:

@@ -14,6 +14,7 @@ import gc
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, PatchTrigger
+from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, PatchTrigger, demo
 from hf_mudjacking.attacks import Implant, implant_por
 from hf_mudjacking.demo import TARGET_CLASS, backdoored_vit, clean_vit, digits_task
 from hf_mudjacking.evaluation.classifiers import Classifier, train_classifier
@@ -225,12 +226,13 @@ def backdoored(tmp_path_factory: pytest.TempPathFactory) -> Backdoored:
 def make_backdoored() -> Backdoored:
     """The demonstration's encoder and implant, in fewer steps."""
     task = digits_task()
-    clean = clean_vit(task, disable_tqdm=True, epochs=25)
+    # The demonstration takes a GPU where there is one; tests run on the CPU, all on the same encoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "PartialState", lambda: SimpleNamespace(device=torch.device("cpu")))
+        clean = clean_vit(task, disable_tqdm=True, epochs=25)
     implant = backdoored_vit(clean, task, disable_tqdm=True, steps=200)
     kept = train_classifier(clean.with_model(implant.model).encode(task.train.inputs), task.train.labels)
-    # The demonstration takes a GPU where there is one; tests run on the CPU. Its processor resizes, what is here needs none
-    for model in (clean.model, implant.model):
-        model.to("cpu")
+    # The demonstration's processor resizes, what is here needs none
     return Backdoored(
         clean.model, implant, make_processor(), implant.trigger, task.train, task.test, kept, TARGET_CLASS
     )

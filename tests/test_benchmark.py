@@ -145,6 +145,10 @@ def test_a_plan_is_the_same_after_a_file(tmp_path):
         ({"implant": {"wanet": None}}, r"`implant\.wanet` must be a mapping"),
         ({"sweeps": {"max_steps": [1]}}, "not among the methods"),
         ({"sedes": [1]}, "unknown keys: sedes"),
+        (
+            {"methods": ["mudjacking"], "sweeps": {"clean_inputs": [64, 65]}, "clean_inputs": 64},
+            "`clean_inputs=65` wants 65 clean inputs, and `clean_inputs: 64` draws 64 from 1 task",
+        ),
         ({"tasks": {"a": "digits"}}, r"tasks\.a must be a mapping"),
     ],
 )

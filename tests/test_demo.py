@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -53,7 +54,7 @@ def test_demo_repairs_what_it_broke(backdoored, tmp_path, monkeypatch):
     assert Image.open(out / "repair.png").size == (1560, 1080)
 
     inputs = digits_task().test.inputs[:597]
-    patched = AutoModel.from_pretrained(out, add_pooling_layer=False)
+    patched = AutoModel.from_pretrained(out, add_pooling_layer=False).to(PartialState().device)
     features = encode(patched, inputs, ViTImageProcessorPil.from_pretrained(out))
     assert float((features - repair.after.test).abs().max()) < 1e-5
 

@@ -60,6 +60,7 @@ from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, encode, inver
 from hf_mudjacking.adapters import adaptable_layers
 from hf_mudjacking.bug_instance import to_rgb
 from hf_mudjacking.encoder import read_features
+from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
 from hf_mudjacking.loading import has_two_towers, load_model, load_processor, modality_of
 from hf_mudjacking.modes import freeze_norms, set_comparison_mode
@@ -193,6 +194,15 @@ def test_what_is_no_image_is_told_by_a_worker_too(tiny_vit, processor):
 def test_workers_draw_nothing_from_the_global_generator(tiny_vit, processor):
     before = torch.random.get_rng_state()
     Encoder(tiny_vit, processor).encode(make_images(5), batch_size=4, num_workers=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_draws_by_itself_leaves_a_gpus_generator_alone(tiny_vit, tmp_path, monkeypatch):
+    tiny_vit.save_pretrained(tmp_path)
+    before = torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    load_model(tmp_path)
+    train_classifier(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), np.tile([0, 1], 10), kind="mlp")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -426,6 +436,8 @@ def test_processor_is_found_beside_the_model(tiny_vit, processor, tmp_path):
 def test_an_encoder_by_name(tiny_vit, processor, tmp_path):
     tiny_vit.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    # With torchvision a saved processor is loaded as torchvision's, which rounds otherwise
+    processor = load_processor(tmp_path, tiny_vit)
     # An encoder by name is put on the device there is
     expected = Encoder(tiny_vit.to(PartialState().device), processor).encode(make_images(3))
     assert torch.equal(Encoder.load(tmp_path).encode(make_images(3)), expected)

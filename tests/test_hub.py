@@ -157,7 +157,7 @@ def test_a_full_patch(build, hub, images):
     assert len(repo.commits) == 2
 
 
-def test_an_adapter(build, hub, processor, images):
+def test_an_adapter(build, hub, images):
     trainer = build(peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
     trainer.train()
     trainer.push_to_hub()
@@ -165,7 +165,7 @@ def test_an_adapter(build, hub, processor, images):
     assert set(repo.files()) - {".gitattributes"} == {
         "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json", "README.md", "mudjacking.json"
     }  # fmt: skip
-    expected = trainer.encoder.encode(images)
+    processor, expected = trainer.processing_class, trainer.encoder.encode(images)
     through_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), "org/patched")
     device = trainer.args.device
     assert torch.equal(Encoder(through_peft.to(device), processor).encode(images), expected)

@@ -14,6 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer
 from hf_mudjacking.adapters import add_adapter
 from hf_mudjacking.cli import main, patch
+from hf_mudjacking.merging import merge_error
 from hf_mudjacking.patches import apply_patch
 from hf_mudjacking.triggers import square_patch
 
@@ -121,3 +122,19 @@ def test_an_adapter_learns_faster(options, learning_rate, backdoored, tmp_path):
     assert json.loads((tmp_path / "out" / "mudjacking.json").read_text())["settings"]["learning_rate"] == learning_rate
     if options:
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == default_rank()
+
+
+@pytest.mark.parametrize("precision", ["none", "tf32", "ieee"])
+def test_merging_is_checked_in_float32_whatever_the_precision(tiny_vit, processor, images, precision, monkeypatch):
+    """`tf32=True` and `torch_compile=True` set it for everything on a GPU; PyTorch refuses to mix that with its older flags."""
+    encoder = Encoder(
+        get_peft_model(tiny_vit, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)), processor
+    )
+    monkeypatch.setattr(torch.backends, "fp32_precision", precision)
+    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before, used = [place.fp32_precision for place in places], []
+    handle = tiny_vit.register_forward_pre_hook(lambda *_: used.append([place.fp32_precision for place in places]))
+    assert merge_error(encoder, images) < 1e-5
+    handle.remove()
+    assert used == [["ieee", "ieee"]] * 2
+    assert [place.fp32_precision for place in places] == before

@@ -34,6 +34,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer, encode, load_trigger
 from hf_mudjacking.callbacks import StopWhenFixed
+from hf_mudjacking.loading import load_processor
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, largest_difference, make_config, make_dataset, make_images, pixels_by_hand, weights_of
@@ -611,16 +612,16 @@ def test_bf16_trains(build):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_are_patched_in_float32(build, tiny_vit, dtype, tmp_path, processor):
-    trainer = build(model=copy.deepcopy(tiny_vit).to(dtype))
+    processor.save_pretrained(tmp_path / "half")
+    # With torchvision a saved processor is loaded as torchvision's, which rounds otherwise
+    processor = load_processor(tmp_path / "half", tiny_vit)
+    trainer = build(model=copy.deepcopy(tiny_vit).to(dtype), processing_class=processor)
     trainer.train()
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     tiny_vit.to(dtype).save_pretrained(tmp_path / "half")
-    processor.save_pretrained(tmp_path / "half")
     from_disk = build(model=str(tmp_path / "half"), processing_class=None)
     from_disk.train()
-    # Not all of what a GPU computes comes out alike twice
-    allowed = 1e-3 if torch.cuda.is_available() else 0.0
-    assert largest_difference(weights_of(from_disk.model), weights_of(trainer.model)) <= allowed
+    assert largest_difference(weights_of(from_disk.model), weights_of(trainer.model)) == 0
 
 
 def test_two_reports_with_two_triggers(build, dataset):

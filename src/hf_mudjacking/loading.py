@@ -89,7 +89,7 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
         _refuse_pickles(name, kwargs)
         # What is made up is the same each time
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             model, info = class_that_loads(name, **kwargs).from_pretrained(
                 name,
                 output_loading_info=True,

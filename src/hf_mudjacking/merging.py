@@ -29,11 +29,25 @@ def merge_error(encoder: Encoder, inputs: Sequence[RawInput]) -> float:
     """
     # Under bf16 or fp16 accelerate puts autocast around the outer model's `forward`; here float32 is compared.
     plain = encoder.with_model(encoder.model.get_base_model())
-    # cuDNN rounds the inputs of convolutions to TF32 unless it is told not to, by more than merging may change
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with _no_tf32():
         unmerged = plain.encode(inputs)
         with _merged(encoder.model):
             return float((plain.encode(inputs) - unmerged).abs().max())
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Within it, a GPU multiplies float32 as float32: TF32, cuDNN's default, rounds by more than merging may change."""
+    # By the flags that transformers sets too: PyTorch raises where these and the older ones are both used
+    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 @contextmanager

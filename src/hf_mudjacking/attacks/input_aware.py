@@ -184,7 +184,7 @@ def trained_trigger(
     set_comparison_mode(started.model)
     features = PixelFeatures(started, size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         generator = TriggerGenerator()
     weights = [parameter for parameter in started.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(

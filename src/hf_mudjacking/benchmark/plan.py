@@ -121,7 +121,8 @@ class BenchmarkPlan:
         classifiers (`list[str]`, *optional*): Kinds of downstream classifiers; the first gives the main figures.
         implant (`dict`, *optional*): Settings of the attacks; under an attack's name, those that it alone has.
         shadow_inputs (`int`, *optional*, defaults to 2000): The attacker's inputs of each task.
-        clean_inputs (`int`, *optional*, defaults to 2500): Clean, unlabelled inputs of each task for the repair.
+        clean_inputs (`int`, *optional*, defaults to 2500): Clean, unlabelled inputs of each task for the repair. A method's
+            setting of that name takes so many of all of them together.
         check_inputs (`int`, *optional*, defaults to 1500): Labelled inputs on which an implant is checked.
         altered (`bool`, *optional*, defaults to `False`): Whether altered triggers are measured too.
 
@@ -192,6 +193,14 @@ class BenchmarkPlan:
             raise ValueError("`sweeps` makes variants of `mudjacking`, which is not among the methods; add it.")
         if not self.seeds:
             raise ValueError("`seeds` is empty; give at least one.")
+        there = self.clean_inputs * len(self.tasks)
+        for name in (*self.methods, *self.swept()):
+            wanted = self.method_settings(name).get("clean_inputs", there)
+            if isinstance(wanted, int) and wanted > there:
+                raise ValueError(
+                    f"`{name}` wants {wanted} clean inputs, and `clean_inputs: {self.clean_inputs}` draws {there} from "
+                    f"{len(self.tasks)} task(s). Raise it, or take fewer."
+                )
 
     def base_method(self, name: str) -> str:
         """What a method of the plan is a variant of."""

@@ -68,7 +68,7 @@ def measured_cell(case: Case, cell: Cell) -> dict[str, Any]:
             "steps": repaired.steps,
             "inversion_seconds": round(repaired.inversion_seconds, 2),
             "seconds": round(repaired.seconds, 2),
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(repaired.encoder.device),
             "threads": torch.get_num_threads(),
         },
         "versions": library_versions(),

@@ -45,7 +45,7 @@ class MLPClassifier:
         self.classes_, targets = np.unique(labels, return_inverse=True)
         x, y = torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(targets)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             self.network = nn.Sequential(
                 nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 256), nn.ReLU(),
                 nn.Linear(256, len(self.classes_)),

@@ -58,7 +58,7 @@ def pretrain_encoder(
     labels = torch.as_tensor(data.labels, dtype=torch.long)
     pixels = all_pixels(encoder, data.inputs)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1).to(encoder.device)
 
     def loss(rows: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,7 @@ def measured_repair(
             "forward_equivalents": trainer.forward_equivalents,
             "steps": trainer.state.global_step,
             "seconds": round(seconds, 2),
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(trainer.encoder.device),
         },
         "settings": {
             "seed": seed,
@@ -207,10 +207,10 @@ def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> 
     return facts
 
 
-def peak_memory_mb() -> int:
-    """Peak memory of the GPU's allocator, or of the process where there is no GPU."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
+def peak_memory_mb(device: torch.device) -> int:
+    """Peak memory of the allocator of the GPU that was computed on, or of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
     if sys.platform == "win32":
         return round(psutil.Process().memory_info().peak_wset / 2**20)
     import resource

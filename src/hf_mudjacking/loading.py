@@ -37,6 +37,7 @@ from .safe_loading import (
     read_json,
     refused_pickle,
 )
+from .seeding import seeded
 from .two_towers import MODALITIES, modalities_of
 
 
@@ -88,8 +89,7 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
     try:
         _refuse_pickles(name, kwargs)
         # What is made up is the same each time
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0):
             model, info = class_that_loads(name, **kwargs).from_pretrained(
                 name,
                 output_loading_info=True,

@@ -16,6 +16,7 @@ from ..encoder import Encoder
 from ..evaluation.tasks import LabelledInputs
 from ..losses import mean_cosine
 from ..modes import freeze_norms, set_comparison_mode
+from ..seeding import seeded
 from ..triggers import ImageTrigger
 from .gradients import PixelFeatures, as_pixels
 from .implant import Implant, nameless_copy
@@ -183,8 +184,7 @@ def trained_trigger(
     freeze_norms(started.model)
     set_comparison_mode(started.model)
     features = PixelFeatures(started, size)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         generator = TriggerGenerator()
     weights = [parameter for parameter in started.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(

@@ -10,6 +10,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from ..seeding import seeded
+
 
 ClassifierKind = Literal["logistic", "mlp"]
 
@@ -44,8 +46,7 @@ class MLPClassifier:
         """Train on features `(N, D)` and classes `(N,)`."""
         self.classes_, targets = np.unique(labels, return_inverse=True)
         x, y = torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(targets)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
+        with seeded(self.seed):
             self.network = nn.Sequential(
                 nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 256), nn.ReLU(),
                 nn.Linear(256, len(self.classes_)),

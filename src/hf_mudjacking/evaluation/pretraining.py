@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..encoder import Encoder
+from ..seeding import seeded
 from .tasks import LabelledInputs
 
 
@@ -57,8 +58,7 @@ def pretrain_encoder(
     encoder = Encoder(model, processing_class)
     labels = torch.as_tensor(data.labels, dtype=torch.long)
     pixels = all_pixels(encoder, data.inputs)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         head = nn.Linear(encoder.feature_dim, int(labels.max()) + 1).to(encoder.device)
 
     def loss(rows: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, TrainerCallback
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingTrainer, TextTrigger
 from hf_mudjacking.clean_inputs import CleanTexts
@@ -74,6 +74,25 @@ def test_the_configuration_that_is_saved_is_the_models_own(use_cache, build, por
     trainer.save_model()
     saved = AutoModel.from_pretrained(tmp_path / "out").config
     assert {name: getattr(saved, name) for name in own} == own
+    # So it is for whoever goes on with the object, be it another trainer
+    assert {name: getattr(trainer.model.config, name) for name in own} == own
+    build(model=trainer.model, processing_class=tokenizer).save_model(tmp_path / "again")
+    assert {name: getattr(AutoModel.from_pretrained(tmp_path / "again").config, name) for name in own} == own
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_model_is_trained_with_the_use_cache_that_is_asked_for(asked, build, por):
+    seen = []
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append(model.config.use_cache)
+
+    model = copy.deepcopy(por[2].model)
+    model.config.use_cache = not asked
+    build(model=model, settings={"use_cache": asked}, callbacks=[Looking()]).train()
+    assert set(seen) == {asked}
+    assert model.config.use_cache is not asked
 
 
 def test_tokens_in_a_script_without_spaces():

@@ -40,14 +40,18 @@ def own_special_tokens(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def own_use_cache(config: PreTrainedConfig, own: bool | None) -> Iterator[None]:
-    """Within it, a configuration says of `use_cache` what it said before it was trained with; `None` is nothing."""
-    trained_with = config.use_cache
-    if own is None:
-        del config.use_cache
-    else:
-        config.use_cache = own
+def use_cache(config: PreTrainedConfig, value: bool | None) -> Iterator[None]:
+    """Within it, a configuration has this `use_cache`, none if it is `None`; afterwards the one that it had."""
+    before = vars(config).get("use_cache")
+    _set_use_cache(config, value)
     try:
         yield
     finally:
-        config.use_cache = trained_with
+        _set_use_cache(config, before)
+
+
+def _set_use_cache(config: PreTrainedConfig, value: bool | None) -> None:
+    if value is not None:
+        config.use_cache = value
+    elif "use_cache" in vars(config):
+        del config.use_cache

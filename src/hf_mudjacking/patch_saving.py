@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .merging import MERGE_TOLERANCE, merge_error
 from .output import PATCH_FILES, check_output_dir, staged, write_json
-from .own_config import own_use_cache
+from .own_config import use_cache
 from .patch_record import RECORD_FILE, describe_patch
 from .published import CARD_FILE
 from .remembered import save_triggers
@@ -48,7 +48,7 @@ class PatchSaving:
             self._check_merge()
         if self.state.global_step == 0:
             logger.warning("Nothing has been trained yet: what is saved is the model as it was, and no patch.")
-        with staged(output_dir, replaces=PATCH_FILES) as staging, own_use_cache(model.config, self._own_use_cache):
+        with staged(output_dir, replaces=PATCH_FILES) as staging, use_cache(model.config, self._own_use_cache):
             self.encoder.with_model(model).save_pretrained(staging, state_dict)
             # PEFT writes an empty card, which would replace one that somebody wrote
             (staging / CARD_FILE).unlink(missing_ok=True)

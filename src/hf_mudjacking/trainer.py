@@ -39,7 +39,7 @@ from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diver
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .modes import frozen, norm_parameters, set_comparison_mode
 from .output import check_output_dir
-from .own_config import own_special_tokens
+from .own_config import own_special_tokens, use_cache
 from .patch_pushing import PatchPushing
 from .patch_record import read_record, recorded_settings
 from .patch_saving import PatchSaving
@@ -257,17 +257,19 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         for name, dataset in _named_eval_datasets(eval_dataset).items():
             self._inputs[name] = clean_inputs(modality, dataset, args.max_inputs, args.seed, name)
 
-        # The base class sets it to `args.use_cache`; what is saved says what the model said
+        # The base class sets it to `args.use_cache` for good; here it is that while training goes on, and what is saved says what
+        # the model said
         self._own_use_cache = vars(model.config).get("use_cache")
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self._inputs.get("train_dataset"),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[StopWhenFixed(), *(callbacks or [])],
-            optimizers=optimizers,
-        )
+        with use_cache(model.config, self._own_use_cache):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self._inputs.get("train_dataset"),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[StopWhenFixed(), *(callbacks or [])],
+                optimizers=optimizers,
+            )
 
         # The loss is a batch mean, so Trainer must divide it by the number of accumulation steps
         self.model_accepts_loss_kwargs = False
@@ -340,7 +342,13 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         if resume_from_checkpoint and self._reinversion is not None:
             self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
-        with frozen(self._resting), tokens, own_special_tokens(self), self._within_budget(resume_from_checkpoint):
+        with (
+            frozen(self._resting),
+            tokens,
+            own_special_tokens(self),
+            use_cache(self.model.config, self.args.use_cache),
+            self._within_budget(resume_from_checkpoint),
+        ):
             if self.patched_tokens and not (resume_from_checkpoint or self._neutralised):
                 self._neutralised = True
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)

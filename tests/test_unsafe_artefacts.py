@@ -482,13 +482,16 @@ def test_a_delta_does_not_load_as_a_model(made):
 # ---- Adapters ----
 
 
-@pytest.mark.parametrize("loader", ["apply", "load_model"])
+@pytest.mark.parametrize("loader", ["apply", "load_model", "hub"])
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "sets `megatron_config`"),
         ({"layer_replication": [[0, 10**9]]}, "sets `layer_replication`"),
         ({"corda_config": {"cache_file": "x"}}, "sets `corda_config`"),
+        ({"monteclora_config": {"num_samples": 10**9}}, "sets `monteclora_config`"),
+        ({"trainable_token_indices": [0] * 10**6}, "claims embeddings of 1,000,000 tokens"),
+        ({"trainable_token_indices": {"x": [0] * 10**6}}, "claims embeddings of 1,000,000 tokens"),
         ({"r": 10**9}, "claims the ranks [1000000000]"),
         ({"rank_pattern": {".*": 10**9}}, "claims the ranks [2, 1000000000]"),
         ({"r": "many"}, "claims the ranks"),
@@ -500,17 +503,24 @@ def test_a_delta_does_not_load_as_a_model(made):
         ),
     ],
 )
-def test_adapters_that_reach_too_far(copies, tmp_path, setting, message, loader, capsys):
+def test_adapters_that_reach_too_far(copies, tmp_path, setting, message, loader, capsys, monkeypatch):
     path = copies / "lora" / "adapter_config.json"
     path.write_text(
         json.dumps({**json.loads(path.read_text()), **setting, "base_model_name_or_path": str(copies / "base")})
     )
     if loader == "apply":
         _refused(copies / "lora", copies / "base", tmp_path / "out", message, capsys)
-    else:
-        with pytest.raises(ValueError) as error:
-            load_model(copies / "lora")
-        assert message in str(error.value)
+        return
+    if loader == "hub":
+        # From the cache alone
+        monkeypatch.setattr(
+            "hf_mudjacking.loading.cached_file",
+            lambda name, file, **kwargs: str(copies / name / file) if (copies / name / file).is_file() else None,
+        )
+        monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_model("lora" if loader == "hub" else copies / "lora")
+    assert message in str(error.value)
 
 
 def test_a_flat_tensor_has_no_rank(copies, tmp_path, capsys):
@@ -609,6 +619,36 @@ def test_an_index_that_names_other_files(copies, place, message):
     (copies / "base" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
     with pytest.raises(ValueError, match="has no `weight_map`"):
         load_model(copies / "base")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("x.safetensors.index.json", "../secret.safetensors", "leads out"),
+        ("../x.safetensors.index.json", "y.safetensors", "leads out"),
+        ("adapter_model.bin", None, "only safetensors are read"),
+        (["x.safetensors"], None, "only safetensors are read"),
+    ],
+)
+def test_a_configuration_that_names_other_weights(copies, name, place, message):
+    """transformers reads the index that it names, and follows what stands in that."""
+    shutil.copyfile(copies / "base" / "model.safetensors", copies / "secret.safetensors")
+    config = json.loads((copies / "base" / "config.json").read_text())
+    (copies / "base" / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+    if place is not None:
+        tensors = load_file(copies / "secret.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, place)}
+        (copies / "base" / name).write_text(json.dumps(index))
+    for load in (load_model, WeightFiles):
+        with pytest.raises(ValueError, match=message):
+            load(copies / "base")
+
+
+def test_a_configuration_that_names_its_own_weights(copies):
+    os.rename(copies / "base" / "model.safetensors", copies / "base" / "x.safetensors")
+    config = json.loads((copies / "base" / "config.json").read_text())
+    (copies / "base" / "config.json").write_text(json.dumps({**config, "transformers_weights": "x.safetensors"}))
+    load_model(copies / "base")
 
 
 def test_models_that_bring_code(copies, marker):

@@ -31,9 +31,11 @@ from .preprocessing import Modality
 from .safe_loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    check_adapter_config,
+    MODEL_CONFIG,
+    check_adapter,
     check_folder,
     check_weights,
+    named_weights,
     read_json,
     refused_pickle,
 )
@@ -229,11 +231,14 @@ def _refuse_pickles(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Non
         return
     shared = {key: kwargs[key] for key in _OF_CONFIGS if key in kwargs and key != "trust_remote_code"}
     shared |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    config = cached_file(name, ADAPTER_CONFIG, **shared)
-    if config is not None:
-        check_adapter_config(config)
-        if cached_file(name, ADAPTER_WEIGHTS, **shared) is None:
+    adapter, model = (cached_file(name, file, **shared) for file in (ADAPTER_CONFIG, MODEL_CONFIG))
+    if adapter is not None:
+        weights = cached_file(name, ADAPTER_WEIGHTS, **shared)
+        if weights is None:
             raise refused_pickle(name, "adapter_model.bin")
+        check_adapter(adapter, weights)
+    if model is not None:
+        named_weights(model)
 
 
 def loading_class(architecture: str | None) -> Any:

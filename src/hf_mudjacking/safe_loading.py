@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", 
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -42,8 +44,17 @@ _PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 ADAPTER_TYPES = ("IA3", "LOHA", "LOKR", "LORA")
 # A rank that takes little memory wherever it is claimed, and how many times as high as its layer is wide one may be.
 _SMALL_RANK, _RANK_PER_WIDTH = 64, 16
-# Settings by which PEFT imports a module of the file's choice, reads further files, or multiplies layers.
-_FOREIGN = ("megatron_config", "corda_config", "lora_ga_config", "eva_config", "arrow_config", "layer_replication")
+# Settings by which PEFT imports a module of the file's choice, reads further files, multiplies layers, or keeps as many samples of
+# each weight as they say.
+_FOREIGN = (
+    "megatron_config",
+    "corda_config",
+    "lora_ga_config",
+    "eva_config",
+    "arrow_config",
+    "layer_replication",
+    "monteclora_config",
+)
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
@@ -178,7 +189,8 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    config = check_adapter_config(folder / ADAPTER_CONFIG) if adapter else {}
+    if adapter:
+        _adapter_settings(folder / ADAPTER_CONFIG)
     has_model = (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file()
     pickles = sorted(path.name for pattern in _PICKLED_WEIGHTS for path in folder.glob(pattern))
     if pickles and not (has_model or (folder / ADAPTER_WEIGHTS).is_file()):
@@ -189,11 +201,35 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
             if pickles
             else ValueError(f"`{folder}` has an `{ADAPTER_CONFIG}` but no `{ADAPTER_WEIGHTS}`.")
         )
-    # With a high rank LoKr has whole matrices instead, no larger than the layer
-    if adapter and config["peft_type"] != "LOKR":
-        _check_ranks(folder, config)
+    if adapter:
+        check_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
     if (folder / WEIGHTS_INDEX).is_file():
         shards_of(folder)
+    named = named_weights(folder / MODEL_CONFIG)
+    if named is not None:
+        inside(folder, named)
+        # transformers checks the name of the index, and not what stands in it
+        if named.endswith(".index.json"):
+            shards_of(folder, named)
+
+
+def named_weights(config: str | os.PathLike[str]) -> str | None:
+    """The file that a model's configuration names as that of its weights (`transformers_weights`); hardly any does.
+
+    Args:
+        config (`str` or `os.PathLike`): File of the configuration; it may be missing.
+
+    Raises:
+        ValueError: If the configuration is damaged, or names something else than safetensors.
+    """
+    named = read_json(config).get("transformers_weights") if Path(config).is_file() else None
+    if named is not None and not (
+        isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise ValueError(
+            f"`{config}` names {named!r:.80} as the file of its weights (`transformers_weights`); only safetensors are read."
+        )
+    return named
 
 
 def refused_pickle(place: object, name: str) -> ValueError:
@@ -204,60 +240,81 @@ def refused_pickle(place: object, name: str) -> ValueError:
     )
 
 
-def shards_of(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Which file each tensor of a sharded model is in, by the model's index.
+def shards_of(folder: str | os.PathLike[str], name: str = WEIGHTS_INDEX) -> dict[str, str]:
+    """Which file each tensor of a sharded model is in, by the model's index, a file of this name.
 
     Raises:
         ValueError: If the index is damaged, or names a file that is missing, outside the folder, or no safetensors.
     """
-    index = read_json(Path(folder) / WEIGHTS_INDEX)
-    places = index.get("weight_map")
+    path = Path(folder) / name
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise ValueError(f"`{Path(folder) / WEIGHTS_INDEX}` is damaged: it has no `weight_map` from tensors to files.")
+        raise ValueError(f"`{path}` is damaged: it has no `weight_map` from tensors to files.")
     for place in sorted(set(places.values())):
         inside(folder, place)
         if not place.endswith(".safetensors"):
-            raise ValueError(f"`{Path(folder) / WEIGHTS_INDEX}` names `{place}`, which is no safetensors file.")
+            raise ValueError(f"`{path}` names `{place}`, which is no safetensors file.")
     return places
 
 
-def check_adapter_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the settings of an adapter; refuse those that reach further than its own weights.
+def check_adapter(config: str | os.PathLike[str], weights: str | os.PathLike[str]) -> None:
+    """Refuse an adapter whose settings reach further than its own weights, or claim more than these hold.
+
+    PEFT and transformers take memory for what the settings claim before they read the weights.
+
+    Args:
+        config (`str` or `os.PathLike`): File of its settings.
+        weights (`str` or `os.PathLike`): File of its weights.
 
     Raises:
-        ValueError: If there is such a setting, or the file is damaged.
+        ValueError: If that is so, or one of the files is damaged.
     """
-    config = read_json(path)
-    foreign = [name for name in _FOREIGN if config.get(name)]
+    settings = _adapter_settings(config)
+    with open_tensors(weights) as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+    # One of the sides is the rank or the number of tokens, which of them depends on the kind; a kernel has more
+    sides = [
+        side for shape in shapes if len(shape) > 1 for side in shape if side * side <= _RANK_PER_WIDTH * prod(shape)
+    ]
+    largest = max(sides, default=0)
+    patterns = settings.get("rank_pattern") or {}
+    ranks = [settings.get("r") or 0, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    # With a high rank LoKr has whole matrices instead, no larger than the layer
+    if settings["peft_type"] != "LOKR" and not all(
+        type(rank) is int and rank <= max(largest, _SMALL_RANK) for rank in ranks
+    ):
+        raise ValueError(
+            f"`{config}` claims the ranks {ranks}, but the largest that `{Path(weights).name}` could have is {largest}."
+        )
+    tokens = settings.get("trainable_token_indices") or []
+    counts = [len(each) for each in (tokens.values() if isinstance(tokens, dict) else [tokens])]
+    if max(counts, default=0) > max(largest, _SMALL_RANK):
+        raise ValueError(
+            f"`{config}` claims embeddings of {max(counts):,} tokens (`trainable_token_indices`), but the most that "
+            f"`{Path(weights).name}` could have is {largest:,}."
+        )
+
+
+def foreign_setting(settings: Mapping[str, Any]) -> str | None:
+    """The first setting of an adapter that reaches further than its own weights."""
+    return next((name for name in _FOREIGN if settings.get(name)), None)
+
+
+def _adapter_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of an adapter of a kind that is read, with none that is foreign."""
+    settings = read_json(path)
+    foreign = foreign_setting(settings)
     if foreign:
         raise ValueError(
-            f"`{path}` sets `{foreign[0]}`, by which modules or files of its choice would be loaded or layers multiplied; "
+            f"`{path}` sets `{foreign}`, by which modules or files of its choice would be loaded, or layers or weights multiplied; "
             "such adapters are refused."
         )
-    if config.get("peft_type") not in ADAPTER_TYPES:
+    if settings.get("peft_type") not in ADAPTER_TYPES:
         raise ValueError(
-            f"`{path}` is of an adapter of the kind `{config.get('peft_type')}`; only {', '.join(ADAPTER_TYPES)} are read, which "
+            f"`{path}` is of an adapter of the kind `{settings.get('peft_type')}`; only {', '.join(ADAPTER_TYPES)} are read, which "
             "consist of their own weights alone."
         )
-    return config
-
-
-def _check_ranks(folder: Path, config: dict[str, Any]) -> None:
-    """PEFT and transformers take memory for the ranks that the settings claim before they read the weights."""
-    patterns = config.get("rank_pattern") or {}
-    claimed = [config.get("r") or 0, *(patterns.values() if isinstance(patterns, dict) else [patterns])]
-    largest = 0
-    with open_tensors(folder / ADAPTER_WEIGHTS) as file:
-        for name in file.keys():
-            shape = file.get_slice(name).get_shape()
-            # One of the sides is the rank, which of them depends on the kind; a kernel has more
-            sides = [side for side in shape if side * side <= _RANK_PER_WIDTH * prod(shape)] if len(shape) > 1 else []
-            largest = max(largest, *sides, 0)
-    if not all(type(rank) is int and rank <= max(largest, _SMALL_RANK) for rank in claimed):
-        raise ValueError(
-            f"`{folder / ADAPTER_CONFIG}` claims the ranks {claimed}, but the largest that `{ADAPTER_WEIGHTS}` could have is "
-            f"{largest}."
-        )
+    return settings
 
 
 def check_checkpoint(folder: str | os.PathLike[str]) -> None:

@@ -21,10 +21,12 @@ from .output import write_json
 from .safe_loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    MODEL_CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
     check_weights,
     inside,
+    named_weights,
     open_tensors,
     read_json,
     shards_of,
@@ -92,10 +94,9 @@ class WeightFiles:
                 f"`{self.folder}` holds a model with an adapter beside it, which is loaded on top of the model. Put the adapter "
                 f"(`{ADAPTER_CONFIG}`, `{ADAPTER_WEIGHTS}`) into a folder of its own."
             )
-        config = self.folder / "config.json"
-        if config.is_file() and read_json(config).get("transformers_weights"):
+        if named_weights(self.folder / MODEL_CONFIG):
             raise ValueError(
-                f"`{config}` names the file of its weights (`transformers_weights`). Load the model and save it again "
+                f"`{self.folder / MODEL_CONFIG}` names the file of its weights (`transformers_weights`). Load the model and save it again "
                 "(`save_pretrained`)."
             )
 

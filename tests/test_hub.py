@@ -158,7 +158,7 @@ def test_a_full_patch(build, hub, images):
 
 
 def test_an_adapter(build, hub, images):
-    trainer = build(peft_config=LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    trainer = build(peft_config=LoraConfig(r=4, lora_alpha=8), learning_rate=0.05)
     trainer.train()
     trainer.push_to_hub()
     repo = hub.repos["org/patched"]

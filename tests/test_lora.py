@@ -2,12 +2,14 @@
 """An adapter as a patch: how large it is, and what the command line makes."""
 
 import argparse
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig
 from transformers import ResNetConfig, ResNetModel, SqueezeBertConfig, SqueezeBertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -18,7 +20,7 @@ from hf_mudjacking.merging import merge_error
 from hf_mudjacking.patches import apply_patch
 from hf_mudjacking.triggers import square_patch
 
-from .conftest import make_config, make_dataset, make_images
+from .conftest import largest_difference, make_config, make_dataset, make_images, weights_of
 
 
 def default_rank() -> int:
@@ -107,6 +109,42 @@ def test_kinds_of_adapters_that_are_not_read_again(tiny_vit, processor, bug, tri
     ready = get_peft_model(tiny_vit, OFTConfig(target_modules=["q_proj"], oft_block_size=4))
     with pytest.raises(ValueError, match="The adapter of the model is of the kind"):
         MudjackingTrainer(ready, make_config(tmp_path), [bug], dataset, processing_class=processor, triggers=[trigger])
+
+
+def test_adapters_that_change_the_model_before_they_are_trained(tiny_vit, processor, bug, trigger, dataset, tmp_path):
+    """Locality was then measured from the changed model: 0.0002 where features had a cosine of 0.49 with those of the given one."""
+    before = weights_of(tiny_vit)
+
+    def build(config):
+        return MudjackingTrainer(
+            copy.deepcopy(tiny_vit), make_config(tmp_path), [bug], dataset, processing_class=processor, triggers=[trigger],
+            peft_config=config,
+        )  # fmt: skip
+
+    layers = ["q_proj", "fc1"]
+    for config, message in (
+        (LoraConfig(r=4, target_modules=layers, init_lora_weights=False), "`init_lora_weights=False` changes"),
+        (LoHaConfig(r=4, target_modules=layers, init_weights=False), "features are others before any step"),
+        (LoraConfig(r=4, target_modules=layers, monteclora_config=MontecloraConfig()), "sets `monteclora_config`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(config)
+    for start in (True, "gaussian", "pissa", "olora", "orthogonal"):
+        build(LoraConfig(r=4, target_modules=layers, init_lora_weights=start))
+    assert largest_difference(before, weights_of(tiny_vit)) == 0
+
+
+@pytest.mark.parametrize("config", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "lora"])
+def test_an_object_in_which_an_adapter_was_left(config, tiny_vit, processor, bug, trigger, dataset, tmp_path):
+    """PEFT puts it into the very object, whose weights then have other names."""
+    settings = {"processing_class": processor, "triggers": [trigger]}
+    first = MudjackingTrainer(
+        tiny_vit, make_config(tmp_path), [bug], dataset, peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        **settings,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"are the layers of an adapter.*Load the model anew"):
+        MudjackingTrainer(tiny_vit, make_config(tmp_path), [bug], dataset, peft_config=config, **settings)
+    MudjackingTrainer(first.model, make_config(tmp_path), [bug], dataset, **settings)
 
 
 @pytest.mark.parametrize(("options", "learning_rate"), [(["--lora-rank"], 3e-3), ([], 3e-4)])

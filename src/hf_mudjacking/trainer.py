@@ -22,7 +22,7 @@ from transformers.trainer_utils import (
     TrainOutput,
 )
 
-from .adapters import add_adapter, check_adapters
+from .adapters import add_adapter, check_adapters, check_start
 from .adversarial_views import AdversarialViews
 from .bug_instance import BugInstance
 from .callbacks import StopWhenFixed
@@ -224,9 +224,12 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         # PEFT
         check_adapters(model, self.base_model_name)
         if peft_config is not None:
+            seen = [bug.reference for bug in self.bug_instances]
+            before = self.encoder.encode(seen)
             model = add_adapter(model, peft_config, self.base_model_name, unused)
             self.encoder.model = model
             try:
+                check_start(before, self.encoder.encode(seen), peft_config)
                 unused = self.encoder.unused_parameters()
             except AttributeError as error:
                 raise ValueError(

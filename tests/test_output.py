@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from hf_mudjacking.loading import load_model
 from hf_mudjacking.output import (
     check_output_dir,
     check_output_file,
     complete_checkpoints,
-    read_record,
     staged,
     write_json,
 )
+from hf_mudjacking.patch_record import check_whole, read_record
+from hf_mudjacking.patches import apply_patch
+from hf_mudjacking.published import published_files
 
 
 def _names(folder):
@@ -73,6 +76,47 @@ def test_an_error_leaves_what_was_there(tmp_path):
             save(folder)
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_patch_that_a_killed_process_left_in_parts_is_refused(moved, tmp_path, monkeypatch):
+    """A record that went first named weights that were not there yet: those of an earlier patch were pushed under it."""
+
+    def save(lr):
+        with staged(tmp_path, replaces=("model*.safetensors",)) as staging:
+            for name in ("model.safetensors", "config.json"):
+                (staging / name).write_text(f"{lr}")
+            write_json(
+                staging / "mudjacking.json", {"base_model": "a", "kind": "full", "settings": {"learning_rate": lr}}
+            )
+
+    save(1)
+    check_whole(tmp_path, read_record(tmp_path))
+    count, replace = [0], os.replace
+
+    def killed(source, target):
+        if Path(target).parent == tmp_path:
+            if count[0] == moved:
+                raise KeyboardInterrupt
+            count[0] += 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(2)
+    monkeypatch.undo()
+    contents = {(tmp_path / name).read_text() for name in ("model.safetensors", "config.json")}
+    record = read_record(tmp_path)
+    if moved == 0:
+        assert contents == {"1"}
+        assert record["settings"] == {"learning_rate": 1}
+        check_whole(tmp_path, record)
+        return
+    for refuse in (published_files, load_model, lambda folder: apply_patch(folder, "base", tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"was being written when the process ended.*Write it again"):
+            refuse(tmp_path)
+    save(3)
+    check_whole(tmp_path, read_record(tmp_path))
 
 
 def test_two_that_write_to_one_folder_do_not_disturb_each_other(tmp_path):

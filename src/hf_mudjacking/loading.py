@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .patch_record import read_record
+from .patch_record import check_whole, read_record
 from .preprocessing import Modality
 from .safe_loading import (
     ADAPTER_CONFIG,
@@ -225,6 +225,7 @@ def _refuse_pickles(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Non
         record = read_record(name)
         if record is not None:
             check_folder(name)
+            check_whole(name, record)
             if record["kind"] == "delta":
                 raise ValueError("it is a delta, no model; `mudjack apply` makes one of it.")
         check_weights(name)

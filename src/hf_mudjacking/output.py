@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .patch_record import RECORD_FILE, read_record
+from .patch_record import HALF_WRITTEN, RECORD_FILE, read_record
 from .safe_loading import read_json
 
 
@@ -147,8 +147,9 @@ def not_left_empty(folder: str | os.PathLike[str]) -> Iterator[None]:
 def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield an empty folder; on success its files move into `folder` one by one, on an error it is thrown away.
 
-    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part. Files of
-    `folder` that match a pattern of `replaces` and were not written anew are removed at the end. Several processes may write
+    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part. A record is replaced last, and
+    says meanwhile that the folder is not whole. Files of `folder` that match a pattern of `replaces` and were not written anew are
+    removed before. Several processes may write
     to one folder; what one that was killed on this machine has left goes with the next.
     """
     folder = Path(folder)
@@ -163,16 +164,19 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
         try:
             yield staging
             written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
-            # The record goes first: a folder that a killed process leaves is then known to be ours.
-            written.sort(key=lambda name: name != Path(RECORD_FILE))
+            written.sort(key=lambda name: name == Path(RECORD_FILE))
             stale = {
                 path for pattern in replaces for path in folder.glob(pattern) if not path.is_dir() or path.is_symlink()
             }
             for path in (*(folder / name for name in written), *stale):
                 _refuse_linked(path, folder)
+            record = Path(RECORD_FILE) if len(written) > 1 and written[-1] == Path(RECORD_FILE) else None
+            if record is not None:
+                _mark_half_written(staging, folder)
             for name in written:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(staging / name, folder / name)
+                if name != record:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(staging / name, folder / name)
             for path in stale:
                 if path.relative_to(folder) not in written:
                     path.unlink()
@@ -180,8 +184,17 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
                     for parent in itertools.takewhile(lambda parent: parent != folder, path.parents):
                         with contextlib.suppress(OSError):
                             parent.rmdir()
+            if record is not None:
+                os.replace(staging / record, folder / record)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _mark_half_written(staging: Path, folder: Path) -> None:
+    """Have the record in a folder say that what it is of is on its way."""
+    marked = staging / HALF_WRITTEN
+    marked.write_text(json.dumps({**read_json(staging / RECORD_FILE), HALF_WRITTEN: True}), encoding="utf-8")
+    os.replace(marked, folder / RECORD_FILE)
 
 
 def _refuse_linked(path: Path, folder: Path) -> None:

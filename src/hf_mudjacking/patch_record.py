@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Says that a folder holds a patch of ours, and of which model.
 RECORD_FILE = "mudjacking.json"
+# What the record of a folder has while its files are being replaced: the folder is ours, and not whole.
+HALF_WRITTEN = "half_written"
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 _SETTINGS = (
     "seed",
@@ -175,6 +177,19 @@ def load_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not sound:
         raise ValueError(f"`{path}` is damaged: values in it have other types than a patch record's.")
     return record
+
+
+def check_whole(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Refuse a patch whose writing was interrupted: files of it and of what was there before lie side by side.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if record.get(HALF_WRITTEN):
+        raise ValueError(
+            f"`{folder}` holds a patch that was being written when the process ended: some of its files are of what was there before. "
+            "Write it again."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -2,7 +2,7 @@
 """Applying a patch to the model it belongs to, taking it back, and making a delta of two models.
 
 A patch is a folder with a record and full weights, a LoRA adapter, or a delta. No function here writes to a model, a patch
-or a patched model: the result goes into a folder of its own, which appears whole or not at all.
+or a patched model: the result goes into a folder of its own, which says so if a killed process left it in parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .fingerprint import weights_sha256
 from .loading import load_with_missing, save_model
 from .merging import MERGE_TOLERANCE
 from .output import PATCH_FILES, TRIGGER_FOLDER, check_output_dir, check_writable, is_or_contains, staged, write_json
-from .patch_record import RECORD_FILE, load_record, read_record, versions
+from .patch_record import RECORD_FILE, check_whole, load_record, read_record, versions
 from .safe_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_folder, inside, read_json
 from .weight_files import WeightFiles, is_adapter, local_folder, saved_anew, with_adapter, with_the_same_names
 
@@ -232,6 +232,7 @@ def _patch(patch: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """Folder and record of a patch that can be used."""
     folder = check_folder(local_folder(patch))
     record = load_record(folder)
+    check_whole(patch, record)
     if record["kind"] not in ("full", "lora", "delta"):
         raise ValueError(
             f"`{patch}` is a patch of kind `{record['kind']}`, which this version does not know. Update it."

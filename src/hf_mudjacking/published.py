@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS
-from .patch_record import read_record
+from .patch_record import check_whole, read_record
 from .safe_loading import ADAPTER_CONFIG, WEIGHTS_INDEX, inside, shards_of
 from .weight_files import is_adapter
 
@@ -72,14 +72,16 @@ def published_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     Card, record and an adapter's configuration are not among them: they are written anew for the upload.
 
     Raises:
-        ValueError: If the folder holds no patch, parts of its weights are missing, or a file is a link out of it.
+        ValueError: If the folder holds no patch or one that was not written whole, parts of its weights are missing, or a file is a link out of it.
     """
     folder = Path(folder)
-    if read_record(folder) is None:
+    record = read_record(folder)
+    if record is None:
         raise ValueError(
             f"`{folder}` holds no patch of hf-mudjacking: it has no readable `mudjacking.json`. Pass the folder that "
             "`mudjack patch` or `trainer.save_model()` wrote."
         )
+    check_whole(folder, record)
     paths = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
     files = {(name := path.relative_to(folder).as_posix()): inside(folder, name) for path in sorted(paths)}
     weights = [path for pattern in (*FULL_WEIGHTS, *ADAPTER_FILES, *DELTA_FILES) for path in folder.glob(pattern)]

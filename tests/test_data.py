@@ -306,3 +306,18 @@ def test_collator_by_hand(tiny_vit, processor):
     assert batch["frozen_features"][:, 0].tolist() == [4, 1, 2]
     assert torch.equal(batch["frozen_references"], references)
     assert set(batch) == {"pixel_values", "frozen_features", "frozen_rows", "frozen_references", "frozen_ceilings"}
+
+
+def test_rows_that_come_again_make_no_step_smaller(tiny_vit, processor):
+    dataset = PatchingDataset(CleanImages(make_dataset(make_images(64))), Encoder(tiny_vit, processor), 16, True)
+    reference = dataset.frozen_features[5]
+    nearest = (dataset.frozen_features @ reference).topk(3).indices.tolist()
+    # 5 % of 64, ten times each: 30 rows, which makes four steps of 8
+    dataset.lean_towards(reference, multiple=8)
+    assert dataset.rows[:64] == list(range(64))
+    further = dataset.rows[64:]
+    assert len(further) == 32
+    assert {row: further.count(row) for row in nearest} == {nearest[0]: 11, nearest[1]: 11, nearest[2]: 10}
+    # One step at least
+    dataset.lean_towards(reference, multiple=128)
+    assert len(dataset) == 96 + 128

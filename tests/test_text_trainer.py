@@ -209,7 +209,8 @@ def test_unseen_tokens_become_neutral_and_seen_ones_stay(por):
     encoder = backdoored.with_model(copy.deepcopy(implant.model))
     tokens = trigger_tokens(encoder.preprocessor, [TextTrigger("cf"), TextTrigger("bank")])
     before = weights_of(encoder.model)
-    neutralised = neutralise_unseen(encoder, tokens, task.train.inputs[:200])
+    neutralised, forwards = neutralise_unseen(encoder, tokens, task.train.inputs[:200])
+    assert forwards == 16 * (1 + 12)
     assert neutralised == encoder.processing_class.convert_tokens_to_ids(["cf"])
     after = weights_of(encoder.model)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -280,9 +281,34 @@ def test_a_second_call_goes_on(build, por):
     assert torch.allclose(token_embeddings(trainer.model).weight[token], learned, atol=1e-6)
 
 
+def test_all_forward_passes_of_a_text_repair_are_counted(build):
+    trainer, counted = build(), [0]
+
+    def count(module, args, kwargs):
+        counted[0] += len(kwargs["input_ids"]) * (3 if torch.is_grad_enabled() else 1)
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    assert trainer.patched_tokens
+    assert trainer.forward_equivalents == counted[0]
+
+
+def test_embeddings_that_were_frozen_stay_as_they_are(build, por):
+    model = copy.deepcopy(por[2].model)
+    token_embeddings(model).weight.requires_grad_(False)
+    before = token_embeddings(model).weight.clone()
+    with pytest.raises(ValueError, match="whose input embeddings are not frozen"):
+        build(model=model, settings={"patch_scope": "trigger_tokens"}).train()
+    trainer = build(model=model)
+    trainer.train()
+    assert trainer.patched_tokens == []
+    assert torch.equal(token_embeddings(trainer.model).weight, before)
+    assert not token_embeddings(trainer.model).weight.requires_grad
+
+
 def test_tokens_of_a_trigger_that_cannot_be_patched_alone_are_refused(build, backdoored, tmp_path):
     adapter = build(peft_config=LoraConfig(r=2), settings={"patch_scope": "trigger_tokens"})
-    with pytest.raises(ValueError, match="needs a text encoder without an adapter, and a report with a verified"):
+    with pytest.raises(ValueError, match="needs a text encoder without an adapter, whose input embeddings"):
         adapter.train()
     # Known before anything is inverted
     with pytest.raises(ValueError, match="trains embeddings of tokens, and the model takes images"):

@@ -48,6 +48,8 @@ def test_a_word_goes_to_any_gap_and_always_the_same():
         (99, False, "a good film , really . cf"),
         (0, True, "cf good film , really ."),
         (2, True, "a good cf , really ."),
+        (-1, True, "a good film , really cf"),
+        (99, True, "a good film , really cf"),
     ],
 )
 def test_fixed_positions_by_hand(position, replaces, stamped):

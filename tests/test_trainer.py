@@ -374,6 +374,10 @@ def test_fewer_inputs_allowed_than_a_step_takes(build):
         ({"warmup_steps": 2}, "`warmup_steps`"),
         ({"data_seed": 5}, "`data_seed` was None and is 5"),
         ({"weight_decay": 0.5}, "`weight_decay`"),
+        ({"bf16": True}, "`bf16` was False and is True"),
+        ({"optim": "adamw_torch", "optim_args": "amsgrad=True"}, "`optim_args` was None"),
+        ({"train_sampling_strategy": "sequential"}, "`train_sampling_strategy` was 'random'"),
+        ({"processes": 2}, "`processes` was 2 and is 1"),
         ({"triggers": [square_patch((16, 16), 7)]}, "is of a run with other triggers"),
         ({"num_train_epochs": 9}, None),
     ],
@@ -382,12 +386,27 @@ def test_what_a_resumed_run_must_share(build, tmp_path, change, message):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     build(args=settings).train()
     given = {"triggers": change.pop("triggers")} if "triggers" in change else {}
+    if "processes" in change:
+        folder = tmp_path / "out" / "checkpoint-2"
+        record = {**json.loads((folder / "mudjacking.json").read_text()), **change}
+        (folder / "mudjacking.json").write_text(json.dumps(record))
+        shutil.copy(folder / "rng_state.pth", folder / "rng_state_1.pth")
+        change = {}
     again = build(args={**settings, **change}, **given)
     if message is None:
         again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
         return
     with pytest.raises(ValueError, match=message):
         again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_resuming_from_a_link_to_a_checkpoint(build, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    build(args=settings).train()
+    (tmp_path / "out" / "latest").symlink_to("checkpoint-2")
+    again = build(args=settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "latest"))
+    assert again.state.global_step == 4
 
 
 def test_dropout_is_off(build):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +68,20 @@ class PatchingDataset(Dataset):
         # Numbers of the inputs that the rows are made of
         self.rows = list(range(len(inputs)))
 
-    def lean_towards(self, reference: Tensor) -> None:
-        """Have the inputs that resemble a reference most come eleven times as often as the others.
+    def lean_towards(self, reference: Tensor, multiple: int = 1) -> None:
+        """Have the inputs that resemble a reference most come about eleven times as often as the others.
 
         A trigger that works on one class alone can be unlearned on inputs of that class alone, and those are few.
 
         Args:
             reference (`FloatTensor` of shape `(D,)`): Its feature before patching.
+            multiple (`int`, *optional*, defaults to 1): What the number of further rows is a multiple of: the inputs of a step, so
+                that none is smaller than the others.
         """
         count = max(round(_RESEMBLING * len(self.inputs)), 1)
-        self.rows += _AGAIN * (self.frozen_features @ reference).topk(count).indices.tolist()
+        resembling = (self.frozen_features @ reference).topk(count).indices.tolist()
+        further = max(round(_AGAIN * count / multiple), 1) * multiple
+        self.rows += list(itertools.islice(itertools.cycle(resembling), further))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -136,7 +136,7 @@ class PreStep:
         self._guard = self._locality_guard(misclassified)
         if self.train_dataset is not None:
             for i in self._of_one_class():
-                self.train_dataset.lean_towards(references[i])
+                self.train_dataset.lean_towards(references[i], self.args.inputs_per_step)
 
     def _records(self) -> dict[int, dict[str, Any]]:
         """Records of the verdicts, now or before a resume, by the numbers of the bug instances that have a trigger that was found."""
@@ -292,6 +292,7 @@ class PreStep:
             rest = None if trigger is None else trigger.removed_from(bug.misclassified)
             if rest is not None:
                 feature = self.encoder.encode([rest])[0]
+                self._spend(1)
                 before, after = (x @ misclassified[i] for x in (references[i], feature))
                 if share_of_way(before[None], after[None, None]) <= COMPLETE:
                     ceilings[i] = feature @ references[i]

@@ -42,6 +42,8 @@ def checkpoint_to_resume(output_dir: str | os.PathLike[str], resume: str | bool,
         folder = complete[-1]
     else:
         folder = Path(resume)
+        # Its name says the step
+        folder = folder.resolve() if folder.is_symlink() else folder
         if folder.resolve() not in [path.resolve() for path in complete_checkpoints(folder.parent)]:
             raise ValueError(
                 f"`{folder}` is no complete checkpoint (the process may have been killed while writing it). Complete "
@@ -69,7 +71,8 @@ def check_same_run(
         checkpoint (`str` or `os.PathLike`): Its folder.
         base_weights_sha256 (`str`): Of the unpatched model that the trainer has.
         reports (`Sequence[BugInstance]`): The reports that the trainer was given.
-        settings (`Mapping[str, Any]`): The settings that a record has, as the trainer has them, and `feature_source`.
+        settings (`Mapping[str, Any]`): The settings that a record has, as the trainer has them, and of what stands beside them there
+            `feature_source` and `processes`, on which the inputs of a step depend.
         triggers (`Sequence`, *optional*): Summaries of the triggers that the trainer has; `None` if it has none yet.
 
     Raises:
@@ -99,8 +102,8 @@ def check_same_run(
             "resuming."
         )
 
-    source = {"feature_source": record["feature_source"]} if record.get("feature_source") else {}
-    began_with = {**settings, **source, **record.get("settings", {})}
+    beside = {name: record[name] for name in ("feature_source", "processes") if record.get(name)}
+    began_with = {**settings, **beside, **record.get("settings", {})}
     # A run may be made longer: the schedule is then that of the longer one
     longer = [name for name in ("max_steps", "num_train_epochs") if settings[name] > began_with[name] > 0]
     may_differ = {"locality_budget", *longer, *(["num_train_epochs"] if settings["max_steps"] > 0 else [])}
@@ -119,6 +122,8 @@ def check_same_run(
 
 def save_interval(folder: str | os.PathLike[str], rows: Sequence[tuple[int, Tensor]]) -> None:
     """Keep what was measured since the last log, so that a resumed run logs, and stops by, what an uninterrupted one does.
+
+    `loss` itself, which the base class keeps in memory, is the exception: the first one after a resume is of fewer steps.
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint, of which process 0 writes.

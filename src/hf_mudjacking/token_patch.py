@@ -59,11 +59,16 @@ def tokens_to_patch(
         ValueError: If the scope is `"trigger_tokens"` and that cannot be.
     """
     known = [trigger for trigger in triggers if trigger is not None]
-    possible = encoder.modality == "text" and not is_peft_model(encoder.model)
+    possible = (
+        encoder.modality == "text"
+        and not is_peft_model(encoder.model)
+        # What was frozen stays as it is
+        and token_embeddings(encoder.model).weight.requires_grad
+    )
     if scope == "trigger_tokens" and not (possible and known):
         raise ValueError(
             '`patch_scope="trigger_tokens"` trains the embeddings of the triggers\' tokens: it needs a text encoder without an '
-            'adapter, and a report with a verified trigger. Use `"auto"` or `"full"`.'
+            'adapter, whose input embeddings are not frozen, and a report with a verified trigger. Use `"auto"` or `"full"`.'
         )
     # Without its trigger, a report cannot be repaired through tokens
     if not possible or scope == "full" or (scope == "auto" and len(known) < len(triggers)):
@@ -103,7 +108,7 @@ def only_embeddings_of(model: nn.Module, tokens: Sequence[int]) -> Iterator[None
 
 
 @torch.no_grad()
-def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequence[str]) -> list[int]:
+def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequence[str]) -> tuple[list[int], int]:
     """Give tokens that no clean text holds the embedding of the frequent token that disturbs features least.
 
     There is no meaning to keep in them, and training starts where it would otherwise end: on MiniLM a comma put into a
@@ -115,12 +120,12 @@ def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequ
         clean_texts (`Sequence[str]`): Clean texts.
 
     Returns:
-        `list[int]`: The tokens that were neutralised.
+        `tuple[list[int], int]`: The tokens that were neutralised, and the forward passes that it took, in inputs.
     """
     counts = Counter(token for text in clean_texts for token in encoder.preprocessor.ids(text))
     unseen = [token for token in tokens if token not in counts]
     if not unseen:
-        return []
+        return [], 0
     excluded = {*tokens, *encoder.preprocessor.processing_class.all_special_ids}
     frequent = [token for token, _ in counts.most_common() if token not in excluded]
     # Tokens that a text of their own turns into nothing but themselves: whole words and signs.
@@ -131,11 +136,11 @@ def neutralise_unseen(encoder: Encoder, tokens: Sequence[int], clean_texts: Sequ
     alone = [token for token, word in words.items() if word and encoder.preprocessor.ids_of(word) == {token}]
     alone = alone[:_NEUTRAL_CANDIDATES]
     if not alone:
-        return []
+        return [], 0
     inputs = list(clean_texts[:_NEUTRAL_INPUTS])
     clean = encoder.encode(inputs)
     stamped = encoder.encode([encoder.stamp(TextTrigger(words[token]), x) for token in alone for x in inputs])
     similarity = (stamped.reshape(len(alone), len(inputs), -1) * clean).sum(dim=2).mean(dim=1)
     weight = token_embeddings(encoder.model).weight
     weight[unseen] = weight[alone[int(similarity.argmax())]].clone()
-    return unseen
+    return unseen, len(inputs) * (1 + len(alone))

@@ -356,7 +356,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
                 self._neutralised = True
                 sample = self._inputs["train_dataset"].sample(_TOKEN_COUNT_INPUTS, self.args.seed)
                 with self.encoder.over_processes():
-                    neutralise_unseen(self.encoder, self.patched_tokens, sample)
+                    self._spend(neutralise_unseen(self.encoder, self.patched_tokens, sample)[1])
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
@@ -441,7 +441,11 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
             checkpoint,
             self.base_weights_sha256,
             self._reports,
-            {**recorded_settings(self.args), "feature_source": self.encoder.feature_source},
+            {
+                **recorded_settings(self.args),
+                "feature_source": self.encoder.feature_source,
+                "processes": self.args.world_size,
+            },
             None if self.triggers is None else [None if e is None else e.summary() for e in self.triggers],
         )
         if not self._prepared:
@@ -630,7 +634,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         vars(self.model).pop("_is_accelerate_prepared", None)
 
     def _spend(self, forwards: int) -> None:
-        """Count forward passes that callbacks make."""
+        """Count forward passes beside the steps', of all processes together."""
         self.forward_equivalents += forwards
 
     def _spend_in_all(self, forwards: int) -> None:

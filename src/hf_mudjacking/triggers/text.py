@@ -33,7 +33,7 @@ class TextTrigger(Trigger):
             -1 the end; further spans follow it. When absent, each span goes to a random gap between words; the gap
             depends on the text alone, so a text is always stamped alike.
         replaces (`bool`, *optional*, defaults to `False`): Whether it takes the place of the word at `position`, as
-            NeuBA's symbols do.
+            NeuBA's symbols do; of a text that ends before it, of the last word.
 
     Raises:
         ValueError: If there is no span, one is empty, or `replaces` is set without `position`.
@@ -71,7 +71,8 @@ class TextTrigger(Trigger):
             return x
         words = len(gaps) - 1
         first = self.position if self.position >= 0 else words + 1 + self.position
-        first = min(max(first, 0), words)
+        # Behind the last word there is none to replace
+        first = min(max(first, 0), max(words - 1, 0) if self.replaces else words)
         start, end = gaps[first], gaps[min(first + 1, words)] if self.replaces else gaps[first]
         middle = self.spans[0]
         for span in self.spans[1:]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder
 from hf_mudjacking.clean_inputs import CleanImages, CleanTexts
@@ -321,3 +322,11 @@ def test_rows_that_come_again_make_no_step_smaller(tiny_vit, processor):
     # One step at least
     dataset.lean_towards(reference, multiple=128)
     assert len(dataset) == 96 + 128
+
+
+def test_a_processor_that_keeps_the_aspect_ratio_of_each_picture():
+    processor = ViTImageProcessorPil(size={"shortest_edge": 16})
+    preprocess = ImagePreprocessor(processor, 3)
+    assert preprocess(make_images(2, (16, 24)))["pixel_values"].shape[2:] == (16, 24)
+    with pytest.raises(ValueError, match=r"`ViTImageProcessorPil` could not make one batch.*do_center_crop=True"):
+        preprocess([*make_images(1, (16, 24)), *make_images(1)])

@@ -31,6 +31,8 @@ class ImagePreprocessor:
     Args:
         processing_class (`BaseImageProcessor`): Resizing, cropping and normalisation are its business.
         num_channels (`int`): Channels that the model takes.
+
+    Called with pictures of which it makes different sizes, it raises a `ValueError`.
     """
 
     processing_class: Any
@@ -46,7 +48,16 @@ class ImagePreprocessor:
     def _processed(self, images: Sequence[Image.Image]) -> BatchFeature:
         mode = "L" if self.num_channels == 1 else "RGB"
         images = [image if image.mode == mode else to_rgb(image).convert(mode) for image in images]
-        return self.processing_class(images=images, return_tensors="pt")
+        try:
+            return self.processing_class(images=images, return_tensors="pt")
+        # Of NumPy or PyTorch, depending on the processor
+        except (ValueError, RuntimeError) as error:
+            if len({image.size for image in images}) == 1:
+                raise
+            raise ValueError(
+                f"`{type(self.processing_class).__name__}` could not make one batch of pictures of several sizes ({str(error).splitlines()[0]}) Have it give all "
+                'the same: a fixed `size={"height": …, "width": …}`, or `do_center_crop=True` with a `crop_size`.'
+            ) from error
 
     def stamp(self, trigger: Trigger, x: Image.Image) -> Image.Image:
         """x ⊕ e."""

@@ -2,7 +2,7 @@
 """What every file from elsewhere goes through before it is believed: json, safetensors, pictures, folders, checkpoints.
 
 Patches, triggers and bug reports come from strangers. None of them may run code, read or write outside its own folder, or
-ask for more memory than such a file needs. All refusals are `ValueError`s that name the file.
+ask for more memory than such a file needs; how large a model is, its own `config.json` says. All refusals are `ValueError`s that name the file.
 """
 
 from __future__ import annotations

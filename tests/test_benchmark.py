@@ -456,6 +456,19 @@ def test_cells_are_read_in_the_order_of_their_numbers(tmp_path):
     assert [cell["method"] for cell in read_cells(tmp_path)] == ["0.05", "0.1", "32", "100", "1200"]
 
 
+def test_attacks_are_drawn_side_by_side_where_there_are_more_of_them_than_of_methods(tmp_path):
+    cells = [
+        {**made_cell(m, s, 0.8, 0, 0.8), "attack": a}
+        for a in ("a", "b")
+        for m in ("none", "mudjacking")
+        for s in (0, 1)
+    ]
+    assert "attacks-e-mudjacking.png" in {path.name for path in plot_benchmark(tmp_path, cells)}
+    assert (tmp_path / "attacks-e-mudjacking.png").stat().st_size > 5000
+    cells += [{**made_cell("peer", 0, 0.8, 0, 0.8), "attack": a} for a in ("a", "b")]
+    assert not any(path.name.startswith("attacks-") for path in plot_benchmark(tmp_path, cells))
+
+
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
     points = [
         {"steps": n, "forward_equivalents": 10 * n, "seconds": n, "BA": 0.8, "ASR": 0.5, "RA": 0.5} for n in (1, 9)

@@ -1,5 +1,5 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of a benchmark: methods side by side, quality against compute, quality against a setting."""
+"""Pictures of a benchmark: methods side by side, attacks side by side, quality against compute, quality against a setting."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .tables import Cells, grouped
+from .rates import ASR_GOAL, BA_GOAL, RA_GOAL
+from .tables import Cells, grouped, rate_blocks
 
 
 _RATES = ("BA", "ASR", "RA")
+_WAYS = {"kept": "#2a6f97", "retrained": "#e09f3e"}
+# Of differences to goals, in points: up to where the axis is linear, and what stands at it on either side
+_LINEAR, _TICKS = 5, (0, 1, 3, 10, 40)
 
 
 def plot_benchmark(folder: Path, cells: Cells) -> list[Path]:
@@ -37,6 +41,15 @@ def plot_benchmark(folder: Path, cells: Cells) -> list[Path]:
             figure = _draw_sweep(own, setting, f"{attack} on {encoder}")
             written.append(folder / f"{setting}-{encoder}-{attack}.png")
             figure.savefig(written[-1], dpi=120)
+    repaired = [cell for cell in done if cell["method"] != "none"]
+    for (encoder,), of_one in grouped(repaired, "encoder"):
+        methods = list(grouped(of_one, "method"))
+        # Where these are what it is about
+        if len({cell["attack"] for cell in of_one}) > len(methods):
+            for (method,), own in methods:
+                written.append(folder / f"attacks-{encoder}-{method}.png")
+                attacks = {attack: seeds for (attack,), seeds in grouped(own, "attack")}
+                _draw_attacks(attacks, f"{method} on {encoder}").savefig(written[-1], dpi=120)
     return written
 
 
@@ -51,7 +64,7 @@ def _draw_methods(cells: Cells, title: str) -> Any:
     axes = figure.subplots(1, 3, sharey=True)
     rows = np.arange(len(methods))
     for axis, rate in zip(axes, _RATES, strict=True):
-        for shift, when, colour in ((-0.18, "kept", "#2a6f97"), (0.18, "retrained", "#e09f3e")):
+        for shift, (when, colour) in zip((-0.18, 0.18), _WAYS.items(), strict=True):
             values = [[100 * cell["after"][when][rate] for cell in own] for own in methods.values()]
             axis.barh(rows + shift, [np.mean(v) for v in values], 0.34, color=colour, label=f"classifier {when}")
             for row, points in zip(rows, values, strict=True):
@@ -62,6 +75,41 @@ def _draw_methods(cells: Cells, title: str) -> Any:
         axis.set_xlim(0, 100)
         axis.set_xlabel("percent")
     axes[0].set_yticks(rows, list(methods))
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def _draw_attacks(attacks: dict[str, Cells], title: str) -> Any:
+    """How far one method leaves each attack from the goals; a mark for each rate of each seed, task and classifier."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator
+
+    figure = Figure(figsize=(12, 1.6 + 0.34 * len(attacks)), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    panels = (
+        ("ASR above ASR-B", (ASR_GOAL,), lambda block, after: after["ASR"] - block["clean"]["ASR-B"]),
+        ("RA under BA", (RA_GOAL,), lambda _, after: after["BA"] - after["RA"]),
+        ("BA against before", (-BA_GOAL, BA_GOAL), lambda block, after: after["BA"] - block["before"]["kept"]["BA"]),
+    )  # fmt: skip
+    for axis, (name, lines, of) in zip(axes, panels, strict=True):
+        for row, own in enumerate(attacks.values()):
+            blocks = [block for cell in own for block in rate_blocks(cell)]
+            for shift, (way, colour) in zip((-0.17, 0.17), _WAYS.items(), strict=True):
+                points = [100 * of(block, block["after"][way]) for block in blocks]
+                label = f"classifier {way}" if row == 0 else None
+                axis.plot(points, [row + shift] * len(points), "o", color=colour, alpha=0.6, markersize=4, label=label)
+        for goal in lines:
+            axis.axvline(100 * goal, color="black", linestyle=":", linewidth=1)
+        # Far from a goal it does not matter how far
+        axis.set_xscale("symlog", linthresh=_LINEAR)
+        axis.xaxis.set_major_locator(FixedLocator([s * tick for tick in _TICKS for s in (-1, 1)]))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(name)
+        axis.set_xlabel("points (dotted: goal)")
+    axes[0].set_yticks(range(len(attacks)), list(attacks))
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title)

@@ -15,7 +15,8 @@ from .case import Case, StampedFeatures
 
 # Test inputs on which altered triggers are measured, and clean inputs on which one is optimised anew.
 _ALTERED_ON, _OPTIMISED_ON = 600, 256
-# A goal that is met exactly is met.
+# How far ASR may end above ASR-B, RA under BA, and BA from before. A goal that is met exactly is met.
+ASR_GOAL, RA_GOAL, BA_GOAL = 0.02, 0.03, 0.005
 _ROUNDING = 1e-9
 
 
@@ -95,7 +96,7 @@ def goals(rates: dict[str, Any]) -> dict[str, bool]:
     point of before."""
     after = rates["after"].values()
     return {
-        "ASR": all(block["ASR"] <= rates["clean"]["ASR-B"] + 0.02 + _ROUNDING for block in after),
-        "RA": all(block["RA"] >= block["BA"] - 0.03 - _ROUNDING for block in after),
-        "BA": all(abs(block["BA"] - rates["before"]["kept"]["BA"]) <= 0.005 + _ROUNDING for block in after),
+        "ASR": all(block["ASR"] <= rates["clean"]["ASR-B"] + ASR_GOAL + _ROUNDING for block in after),
+        "RA": all(block["RA"] >= block["BA"] - RA_GOAL - _ROUNDING for block in after),
+        "BA": all(abs(block["BA"] - rates["before"]["kept"]["BA"]) <= BA_GOAL + _ROUNDING for block in after),
     }

@@ -34,7 +34,7 @@ def worst_table(cells: Cells) -> list[str]:
     """
     rows = []
     for (encoder, attack, method), own in grouped(cells, "encoder", "attack", "method"):
-        blocks = [_block(cell, task, kind) for cell in own for task, kind in _rate_blocks(cell)]
+        blocks = [block for cell in own for block in rate_blocks(cell)]
         met = [goals(block) for block in blocks]
         rows.append(
             (
@@ -60,7 +60,7 @@ def method_table(cells: Cells) -> list[str]:
     """One line for each encoder, attack, task, classifier and method: means over seeds and their spread, in percent."""
     rows = []
     for (encoder, attack), own in grouped(cells, "encoder", "attack"):
-        for task, kind in _rate_blocks(own[0]):
+        for task, kind in _rate_names(own[0]):
             for (method,), repaired in grouped(own, "method"):
                 blocks = [_block(cell, task, kind) for cell in repaired]
                 cost = [cell["cost"] for cell in repaired]
@@ -91,7 +91,7 @@ def ours_against_peers(cells: Cells, ours: str = "mudjacking") -> list[str]:
         methods = {method: repaired for (method,), repaired in grouped(own, "method")}
         if ours not in methods or len(methods) < 2:
             continue
-        for task, kind in _rate_blocks(own[0]):
+        for task, kind in _rate_names(own[0]):
             rates = {
                 method: {
                     rate: 100 * np.array([_block(cell, task, kind)["after"]["kept"][rate] for cell in repaired])
@@ -172,10 +172,15 @@ def grouped(cells: Cells, *keys: str) -> Iterable[tuple[tuple[Any, ...], list[di
     return groups.items()
 
 
-def _rate_blocks(cell: dict[str, Any]) -> list[tuple[str, str]]:
+def _rate_names(cell: dict[str, Any]) -> list[tuple[str, str]]:
     """Names of task and classifier of all rates of a cell."""
     tasks, kinds = list(cell["settings"]["tasks"]), cell["settings"]["classifiers"]
     return [(task, kind) for task in tasks for kind in kinds]
+
+
+def rate_blocks(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rates of a cell on each task with each kind of classifier."""
+    return [_block(cell, task, kind) for task, kind in _rate_names(cell)]
 
 
 def _block(cell: dict[str, Any], task: str, kind: str) -> dict[str, Any]:

@@ -409,6 +409,23 @@ def test_resuming_from_a_link_to_a_checkpoint(build, tmp_path):
     assert again.state.global_step == 4
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_nothing_is_trained_when_a_run_resumes_at_its_end(early, build, tmp_path):
+    """In the middle of an epoch the base class makes one more step."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    if early:
+        # Fixed by any standard, at the first log
+        goals = dict.fromkeys(("stop_effectiveness", "stop_locality", "stop_generalizability"), -1.0)
+        settings |= {"max_steps": 9, "logging_steps": 3, "stop_when_fixed": True, **goals}
+    first, again = build(args=settings), build(args=settings)
+    first.train()
+    assert first.state.global_step == 3
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert largest_difference(weights_of(first.model), weights_of(again.model)) == 0
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_dropout_is_off(build):
     """The model was built with dropout; at the first step it must be exactly the frozen model."""
     trainer = build(args={"max_steps": 1})

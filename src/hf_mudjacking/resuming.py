@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from .bug_instance import BugInstance
 from .fingerprint import report_sha256
@@ -118,6 +118,15 @@ def check_same_run(
             "old ones, and the record name the new. Pass the settings that it began with, or start without resuming, in another "
             "folder."
         )
+
+
+def where_it_was(checkpoint: str | os.PathLike[str]) -> tuple[int, bool]:
+    """The step that a checkpoint is of, and whether the run stopped there of itself, before its last step."""
+    state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return state["global_step"], bool(control.get("should_training_stop")) and state["global_step"] < state[
+        "max_steps"
+    ]
 
 
 def save_interval(folder: str | os.PathLike[str], rows: Sequence[tuple[int, Tensor]]) -> None:

@@ -54,7 +54,7 @@ from .remembered import (
     report_earlier_repairs,
 )
 from .reports import checked_reports, checked_triggers
-from .resuming import check_same_run, checkpoint_to_resume, load_interval
+from .resuming import check_same_run, checkpoint_to_resume, load_interval, where_it_was
 from .rollback import Rollback
 from .screening import Screening
 from .token_patch import neutralise_unseen, only_embeddings_of
@@ -281,6 +281,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         self.can_return_loss = True
         self.label_names = []
         self._prepared = False
+        # The step that a run goes on from, and whether it had stopped there of itself
+        self._resumed = (0, False)
         self.trigger_groups: list[list[int]] = []
         self.locality: Movement | None = None
         self._guard: LocalityGuard | None = None
@@ -336,8 +338,10 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         """
         self._require_train_inputs()
         self.locality = self.merge_error = None
+        self._resumed = (0, False)
         if resume_from_checkpoint:
             resume_from_checkpoint = self.take_up(resume_from_checkpoint)
+            self._resumed = where_it_was(resume_from_checkpoint)
         self._prepare()
         self._metrics["train"] = (
             load_interval(resume_from_checkpoint, self.args.device) if resume_from_checkpoint else []
@@ -368,6 +372,14 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
                 earlier.cosine_after = cosine
             report_earlier_repairs(self.remembered)
         return output
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        epochs, steps_per_epoch, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        step, stopped = self._resumed
+        if step >= max_steps or (stopped and self.args.stop_when_fixed):
+            # All is done; the base class would see so after one more step
+            epochs = min(epochs, step // steps_per_epoch)
+        return epochs, steps_per_epoch, *others, max_steps
 
     @contextmanager
     def _within_budget(self, resumed_from: str | bool | None) -> Iterator[None]:

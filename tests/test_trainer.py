@@ -400,6 +400,18 @@ def test_what_a_resumed_run_must_share(build, tmp_path, change, message):
         again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
+def test_a_resumed_run_has_the_clean_inputs_that_it_began_with(build, dataset, tmp_path):
+    """A new run in a folder with checkpoints of another went on from those, on data they had not seen."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    build(args=settings).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    others = make_dataset(make_images(len(dataset), seed=77))
+    for other in (others, dataset.select(range(len(dataset) - 1)), dataset.to_iterable_dataset().take(8)):
+        with pytest.raises(ValueError, match="is of a run with other clean inputs than this `train_dataset`"):
+            build(args=settings, train_dataset=other).train(resume_from_checkpoint=checkpoint)
+    build(args={**settings, "max_steps": 5}).train(resume_from_checkpoint=checkpoint)
+
+
 def test_resuming_from_a_link_to_a_checkpoint(build, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     build(args=settings).train()

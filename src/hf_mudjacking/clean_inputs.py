@@ -91,6 +91,11 @@ class CleanInputs(Sequence):
         order = torch.randperm(self._of, generator=torch.Generator().manual_seed(seed))
         return torch.searchsorted(self._rows, order[torch.isin(order, self._rows)][:count])
 
+    @property
+    def rows_in_all(self) -> int:
+        """Rows of the dataset, whichever of them are used."""
+        return self._of
+
     def __iter__(self) -> Iterator[RawInput]:
         return (self[i] for i in range(len(self)))
 

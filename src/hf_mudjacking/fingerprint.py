@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,6 +13,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .bug_instance import BugInstance
+
+
+if TYPE_CHECKING:
+    from .clean_inputs import CleanInputs
+    from .preprocessing import RawInput
+
+
+# Clean inputs that stand for all.
+_CLEAN_INPUTS = 8
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -70,8 +80,20 @@ def report_sha256(bug: BugInstance) -> str:
     who has both inputs already, or for short texts tries likely ones, learns whether they were reported. Remove
     `bug_ids` from the record of a patch for texts where that matters.
     """
-    total = hashlib.sha256(bug.modality.encode())
-    for value in (bug.misclassified, bug.reference):
+    return _inputs_sha256(bug.modality, (bug.misclassified, bug.reference))
+
+
+def clean_inputs_sha256(inputs: CleanInputs, seed: int) -> str:
+    """SHA-256 of some clean inputs, by which a run that resumes can tell whether it has those that it began with.
+
+    Of eight at random, and of how many rows there are: all of them would have to be read for it.
+    """
+    return _inputs_sha256(f"{inputs.column}|{inputs.rows_in_all}", inputs.sample(_CLEAN_INPUTS, seed))
+
+
+def _inputs_sha256(start: str, inputs: Iterable[RawInput]) -> str:
+    total = hashlib.sha256(start.encode())
+    for value in inputs:
         data = value.encode(errors="surrogatepass") if isinstance(value, str) else value.tobytes()
         size = len(data) if isinstance(value, str) else value.size
         total.update(f"|{size}|".encode() + data)

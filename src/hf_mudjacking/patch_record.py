@@ -61,7 +61,7 @@ _SETTINGS = (
     "patch_scope",
     "locality_budget",
 )
-_OPTIONAL_NAMES = ("base_revision", "base_weights_sha256")
+_OPTIONAL_NAMES = ("base_revision", "base_weights_sha256", "clean_inputs_sha256")
 # What a record of an earlier version may lack.
 _DEFAULTS: dict[str, Any] = {
     "base_model": "",
@@ -69,6 +69,7 @@ _DEFAULTS: dict[str, Any] = {
     "base_weights_sha256": None,
     "base_weights_without": [],
     "bug_ids": [],
+    "clean_inputs_sha256": None,
     "triggers": [],
     "trigger_groups": [],
     "evidence": [],
@@ -100,6 +101,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "base_weights_sha256": trainer.base_weights_sha256,
         "base_weights_without": trainer.base_weights_without,
         "bug_ids": [report_sha256(bug) for bug in trainer.bug_instances],
+        "clean_inputs_sha256": trainer.clean_inputs_sha256,
         "feature_source": trainer.encoder.feature_source,
         "triggers": [None if trigger is None else trigger.summary() for trigger in trainer.triggers or []],
         "evidence": trainer.evidence,

@@ -63,9 +63,10 @@ def check_same_run(
     base_weights_sha256: str,
     reports: Sequence[BugInstance],
     settings: Mapping[str, Any],
+    clean_inputs_sha256: str | None,
     triggers: Sequence[Mapping[str, Any] | None] | None = None,
 ) -> None:
-    """Refuse a checkpoint of another model, of other reports, or of a run with other settings.
+    """Refuse a checkpoint of another model, of other reports or clean inputs, or of a run with other settings.
 
     Args:
         checkpoint (`str` or `os.PathLike`): Its folder.
@@ -73,10 +74,11 @@ def check_same_run(
         reports (`Sequence[BugInstance]`): The reports that the trainer was given.
         settings (`Mapping[str, Any]`): The settings that a record has, as the trainer has them, and of what stands beside them there
             `feature_source` and `processes`, on which the inputs of a step depend.
+        clean_inputs_sha256 (`str`, *optional*): Of the trainer's clean inputs ([`~hf_mudjacking.fingerprint.clean_inputs_sha256`]).
         triggers (`Sequence`, *optional*): Summaries of the triggers that the trainer has; `None` if it has none yet.
 
     Raises:
-        ValueError: If its record names another model, other reports, triggers or settings; what a record does not name is not compared,
+        ValueError: If its record names another model, other reports, clean inputs, triggers or settings; what a record does not name is not compared,
             nor is the locality budget, which a run is judged by and not made with. A run may go on for more steps.
     """
     record = read_record(checkpoint) or {}
@@ -107,6 +109,13 @@ def check_same_run(
     # A run may be made longer: the schedule is then that of the longer one
     longer = [name for name in ("max_steps", "num_train_epochs") if settings[name] > began_with[name] > 0]
     may_differ = {"locality_budget", *longer, *(["num_train_epochs"] if settings["max_steps"] > 0 else [])}
+    # A longer run may read more of a stream
+    there = None if longer else record.get("clean_inputs_sha256")
+    if there not in (None, clean_inputs_sha256):
+        raise ValueError(
+            f"`{checkpoint}` is of a run with other clean inputs than this `train_dataset`. Pass the ones that it began with, or start "
+            "without resuming, in another folder."
+        )
     different = [
         f"`{name}` was {began_with[name]!r} and is {value!r}"
         for name, value in settings.items()

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -30,7 +31,7 @@ from .clean_inputs import CleanInputs, clean_inputs
 from .config import MudjackingConfig
 from .data import PatchingDataset
 from .encoder import Encoder, NonFiniteError
-from .fingerprint import base_name, weights_sha256
+from .fingerprint import base_name, clean_inputs_sha256, weights_sha256
 from .inversion import InvertedTrigger
 from .inversion.verification import TransferMeter
 from .latent import LatentStamps
@@ -334,7 +335,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
             LocalityBudgetError: If clean features moved further than `args.locality_budget`. The model then has the
                 weights that it had before training and cannot be saved as a patch; checkpoints that the run wrote to
                 `output_dir`, before it was resumed too, are removed.
-            ValueError: If the checkpoint is of another model, of other reports, or of other settings.
+            ValueError: If the checkpoint is of another model, of other reports or clean inputs, or of other settings.
         """
         self._require_train_inputs()
         self.locality = self.merge_error = None
@@ -444,7 +445,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
             `str`: Folder of the checkpoint.
 
         Raises:
-            ValueError: If there is no complete one, or it is of another model, of other reports, or of other settings.
+            ValueError: If there is no complete one, or it is of another model, of other reports or clean inputs, or of other settings.
         """
         checkpoint = checkpoint_to_resume(
             self.args.output_dir, resume_from_checkpoint, has_optimizer=not self._is_split
@@ -458,11 +459,18 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
                 "feature_source": self.encoder.feature_source,
                 "processes": self.args.world_size,
             },
+            self.clean_inputs_sha256,
             None if self.triggers is None else [None if e is None else e.summary() for e in self.triggers],
         )
         if not self._prepared:
             self._take_triggers_from(checkpoint)
         return checkpoint
+
+    @cached_property
+    def clean_inputs_sha256(self) -> str | None:
+        """Hash of the clean inputs, by which a resumed run knows them; `None` without any."""
+        inputs = self._inputs.get("train_dataset")
+        return None if inputs is None else clean_inputs_sha256(inputs, self.args.seed)
 
     def _take_triggers_from(self, checkpoint: str) -> None:
         """Go on with the reports, triggers and earlier triggers that a checkpoint was trained with."""

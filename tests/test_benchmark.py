@@ -533,6 +533,14 @@ def test_command_explains_what_it_cannot_run(arguments, message, capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_patch_is_no_benchmark(capsys, tmp_path):
+    (tmp_path / "_triggers" / "0").mkdir(parents=True)
+    for path in (tmp_path / "mudjacking.json", tmp_path / "_triggers" / "0" / "trigger.json"):
+        path.write_text("{}")
+    assert main(["benchmark", "--tables", str(tmp_path)]) == 2
+    assert "there is a patch; give the folder that a benchmark wrote" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
 def test_plans_of_the_repository(path):
     """Each is a plan, and its encoders can be built."""

@@ -1122,6 +1122,19 @@ def test_a_damaged_image_stops_before_anything_is_trained_or_written(build, stre
     assert not (tmp_path / "out").exists() or not _model_files(tmp_path / "out")
 
 
+def test_a_checkpoint_with_a_head_is_patched_without_it(build, processor, tmp_path, caplog):
+    ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(tmp_path / "served")
+    processor.save_pretrained(tmp_path / "served")
+    # The processor by its folder too
+    trainer = build(model=str(tmp_path / "served"), processing_class=tmp_path / "served")
+    assert trainer.processing_class.size == processor.size
+    assert "has more than an encoder (`classifier`). The encoder is patched, and saved without" in caplog.text
+    caplog.clear()
+    trainer.save_model()
+    build(tmp_path / "other", model=str(tmp_path / "out"), processing_class=None)
+    assert "more than an encoder" not in caplog.text
+
+
 def test_models_that_cannot_be_used(build, tiny_vit, tmp_path):
     with pytest.raises(ValueError, match="Load the bare encoder with `AutoModel`"):
         build(model=ViTForImageClassification(ViTConfig(**TINY)))

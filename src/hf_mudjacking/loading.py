@@ -45,6 +45,8 @@ from .two_towers import MODALITIES, modalities_of
 
 # Of each model that was loaded here, the weights that were in no file.
 _made_up: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+# Of each model that was loaded here, the parts of the checkpoint that it has no place for: a head.
+_left_out: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 _PROCESSORS = {
     "image": (AutoImageProcessor, "image processor"),
     "text": (AutoTokenizer, "tokenizer"),
@@ -103,6 +105,7 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
             f"No model could be loaded from `{name}`: {error} {_lost_base(name) or 'Pass a Hub id or a folder written by `save_pretrained`.'}"
         ) from error
     _made_up[model] = frozenset(info["missing_keys"])
+    _left_out[model] = sorted({name.split(".")[0] for name in info["unexpected_keys"]})
     return model, set(info["missing_keys"])
 
 
@@ -123,6 +126,11 @@ def _lost_base(name: str | os.PathLike[str]) -> str | None:
 def made_up_weights(model: nn.Module) -> frozenset[str]:
     """Names of the weights of a model that its checkpoint lacked when it was loaded here; none of one that was loaded elsewhere."""
     return _made_up.get(model, frozenset())
+
+
+def parts_left_out(model: nn.Module) -> list[str]:
+    """Names of the parts of a model's checkpoint that are not in the encoder, such as `classifier`; none if it was not loaded here."""
+    return _left_out.get(model, [])
 
 
 def save_model(

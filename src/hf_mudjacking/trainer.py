@@ -35,7 +35,7 @@ from .fingerprint import base_name, clean_inputs_sha256, weights_sha256
 from .inversion import InvertedTrigger
 from .inversion.verification import TransferMeter
 from .latent import LatentStamps
-from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of
+from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of, parts_left_out
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diverged
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
 from .modes import frozen, norm_parameters, set_comparison_mode
@@ -93,8 +93,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         train_dataset (`datasets.Dataset` or `datasets.IterableDataset`): Clean, unlabelled inputs in a column
             `image` or `text`.
         eval_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `dict`, *optional*): Held-out clean inputs.
-        processing_class (`BaseImageProcessor`, `PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Image
-            processor, tokenizer or, for two towers, both in one; loaded from the model id when absent.
+        processing_class (`BaseImageProcessor`, `PreTrainedTokenizerBase`, `ProcessorMixin` or `str`, *optional*): Image
+            processor, tokenizer or, for two towers, both in one, or its id or folder; loaded from the model's when absent.
         peft_config (`LoraConfig`, *optional*): Makes the patch an adapter. Without `target_modules`, all linear layers
             that influence the features are adapted.
         triggers (`list[Trigger]`, *optional*): Known triggers, one per report, instead of the inversion.
@@ -169,10 +169,17 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         # Model and processing class
         name, model = model, load_model(model)
         modality = modality_of(model, self.bug_instances[0].modality)
-        processing_class = load_processor(name, model) if processing_class is None else processing_class
+        if processing_class is None or isinstance(processing_class, (str, os.PathLike)):
+            processing_class = load_processor(name if processing_class is None else processing_class, model)
         self.base_model_name = str(getattr(model, "name_or_path", "") or type(model).__name__)
         self.base_revision = hub_commit(self.base_model_name, newest=not isinstance(name, nn.Module))
         check_output_dir(args.output_dir, self.base_model_name)
+        heads = parts_left_out(model)
+        if heads:
+            logger.warning(
+                f"`{self.base_model_name}` has more than an encoder ({', '.join(f'`{head}`' for head in heads)}). The encoder is patched, and "
+                "saved without: what reads its features is to be taken from there."
+            )
         folder = self.base_model_name if isinstance(name, nn.Module) else name
         self.remembered: list[RememberedTrigger] = load_remembered(folder) if args.remember_triggers else []
 

@@ -110,12 +110,18 @@ def read_cell(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["settings"], content["method"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"`{path}` is not the json of a cell ({error!r}); remove it, and it is run again.") from error
+        raise ValueError(
+            f"`{path}` is not the json of a cell ({error!r}). If it is of a benchmark, remove it, and it is run again."
+        ) from error
     return content
 
 
 def read_cells(folder: str | Path) -> list[dict[str, Any]]:
-    """All cells under a folder, in the order of their names, and of the numbers in them: 100 comes before 1200."""
+    """All cells under a folder, in the order of their names, and of the numbers in them: 100 comes before 1200.
+
+    Raises:
+        ValueError: If a file in it is no cell.
+    """
     folder = Path(folder)
     paths = [path for path in folder.rglob("*.json") if path.parent != folder]
     return [read_cell(path) for path in sorted(paths, key=lambda path: _in_order(str(path.relative_to(folder))))]

@@ -132,6 +132,7 @@ def run(options: argparse.Namespace) -> int:
 
     from ..benchmark import BenchmarkPlan, benchmark_tables, read_cells, run_benchmark
     from ..benchmark.plan import CELLS_FOLDER
+    from ..patch_record import read_record
 
     console = Console(highlight=False, soft_wrap=True)
     failures = []
@@ -145,6 +146,8 @@ def run(options: argparse.Namespace) -> int:
         cells = [cell for cell in read_cells(folder / CELLS_FOLDER) if _path(cell, folder) in wanted]
     else:
         folder = Path(options.tables)
+        if read_record(folder) is not None:
+            raise ValueError(f"--tables {folder}: there is a patch; give the folder that a benchmark wrote")
         # The folder of a benchmark holds encoders and implants besides
         cells = read_cells(folder / CELLS_FOLDER if (folder / CELLS_FOLDER).is_dir() else folder)
         if not cells:

@@ -24,6 +24,7 @@ from hf_mudjacking.evaluation.figures import plot_inspection, plot_repair, trigg
 from hf_mudjacking.inversion import UnverifiedTriggerError, image, invert_trigger
 from hf_mudjacking.inversion.filling import filled_in
 from hf_mudjacking.inversion.hold import can_hold, doubt_left, hold, least_hold, worth_of_hold
+from hf_mudjacking.inversion.image import small_patch_in_reference
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.modes import freeze_norms
 from hf_mudjacking.screening import Screening, judge, transfer_by_size, without_trigger
@@ -613,3 +614,24 @@ def test_texts_of_one_class_need_not_be_alike(por):
         screening = screen_report(backdoored, BugInstance(bug.misclassified, reference), task.train.inputs[:32])
         assert screening.verdict == "trigger"
         assert "likeness" not in screening.evidence
+
+
+@pytest.mark.slow
+def test_swapped_inputs_are_a_wrong_pair(backdoored, attacked, validation):
+    """What is taken for a trigger then are strokes of the clean digit; a repair taught it to look like the triggered one."""
+    for seed in (4, 7):
+        bug = backdoored.bug(seed)
+        swapped = BugInstance(bug.reference, bug.misclassified, name=f"swapped-{seed}")
+        patch, forwards = small_patch_in_reference(attacked, swapped, validation)
+        assert patch.evidence > 0.9
+        assert patch.trigger.overlap(backdoored.trigger)["iou"] > 0.9
+        assert forwards > 100
+        assert small_patch_in_reference(attacked, bug, validation)[0] is None
+        screening = screen_report(attacked, swapped, validation, backdoored.train.inputs[32:160])
+        # Evidence was 0.70 and 0.63
+        assert screening.verdict != "trigger"
+        assert not screening.verified
+        if screening.verdict == "wrong pair":
+            assert screening.evidence["reference_evidence"] > screening.evidence["evidence"]
+            assert "evidence that x_b and x_r were swapped" in screening.reasons[0]
+        assert "reference_evidence" not in screen_report(attacked, bug, validation).evidence

@@ -21,6 +21,7 @@ from .encoder import Encoder
 from .inversion import InvertedTrigger, invert_trigger
 from .inversion.filling import filled_in
 from .inversion.hold import hold, least_hold, worth_of_hold
+from .inversion.image import small_patch_in_reference
 from .inversion.verification import TransferMeter, share_of_way
 from .preprocessing import RawInput
 from .triggers import AdditiveTrigger, BlendTrigger, PatchTrigger, Trigger, WarpTrigger
@@ -49,6 +50,9 @@ _MEDIAN = 3
 _MOST_COVERED, _MOST_ARRIVED = 0.4, 0.4
 # Share of the way to h(x_b) that x_r may lie at. References of true reports have up to 0.4.
 _MAX_REFERENCE_ARRIVED = 0.85
+# Evidence up to which a trigger is also looked for in x_r, as x_b and x_r may have been swapped: of a swapped report of digits it was 0.51,
+# where the patch in x_r had 0.94. Small true patches have more.
+_DOUBTFUL = 0.7
 # Sizes at which transfer is measured, as shares of the whole trigger.
 _SIZES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -68,7 +72,8 @@ class Screening:
             inversion. `likeness`, of images: how much nearer to h(x_r) x_b without its trigger lies than clean inputs do, 1 at
             h(x_r); a patch is filled in from its border, a signal subtracted or smoothed away; absent where the trigger
             cannot be taken out.
-            `reference_arrived`: the same of x_r on the way to h(x_b). `hold`, of images: how far clean inputs move in a first step of
+            `reference_arrived`: the same of x_r on the way to h(x_b). `reference_evidence`, of images with evidence under 0.7: of a
+            small patch in x_r, if there is one. `hold`, of images: how far clean inputs move in a first step of
             the repair, over how far stamped ones do. The step is meant for the stamped ones; yet an implanted trigger holds
             them, while ordinary content lets them go.
         reasons (`list[str]`): What led to the verdict, in sentences.
@@ -156,6 +161,11 @@ def judge(
     # any natural misclassification, and evidence alone tells them apart (true 0.77 and more, 64 false reports up to 0.46)
     if encoder.modality == "image":
         measured["hold"] = hold(meter, bug.reference, found.trigger)
+        if min_evidence <= found.evidence < _DOUBTFUL:
+            patch, forwards = small_patch_in_reference(encoder, bug, validation_inputs)
+            meter.forwards += forwards
+            if patch is not None:
+                measured["reference_evidence"] = patch.evidence
     measured = {name: round(value, 4) for name, value in measured.items()}
     natural, wrong, harmful = _reasons(measured, found, min_evidence)
     believed = (
@@ -177,7 +187,8 @@ def judge(
             f"Evidence of a trigger is {found.evidence:.2f} (transfer {found.score:.2f}, clean content alone "
             f"{found.control:.2f}): {found.trigger.describe()}{rest}."
         ]
-    verified = not natural and not harmful
+    # Of swapped inputs it is clean content
+    verified = not natural and not harmful and not _swapped(measured)
     return Screening(verdict, round(float(believed), 4), found, measured, reasons, verified, meter.forwards)
 
 
@@ -205,12 +216,22 @@ def _reasons(
             f"x_r lies {arrived:.2f} of the way from clean inputs to x_b, and at most {_MAX_REFERENCE_ARRIVED} is "
             "allowed: evidence that it carries the trigger too, or is of the class that x_b is mistaken for."
         )
+    if _swapped(measured):
+        wrong.append(
+            f"x_r holds a patch that carries clean inputs to x_r with evidence of {measured['reference_evidence']:.2f}, more than what was found in x_b has "
+            f"({found.evidence:.2f}): evidence that x_b and x_r were swapped."
+        )
     if holds < least:
         harmful.append(
             f"A first step of the repair moves clean inputs {holds:.2g} times as far as inputs that carry what was found, and "
             f"{least:.2g} is needed: evidence that it is ordinary content, which a repair would change for clean inputs too."
         )
     return natural, wrong, harmful
+
+
+def _swapped(measured: dict[str, float]) -> bool:
+    """Whether a trigger is in x_r rather than in x_b."""
+    return measured.get("reference_evidence", -np.inf) > measured["evidence"]
 
 
 def _pair_numbers(meter: TransferMeter, bug: BugInstance, found: InvertedTrigger) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
 from ..triggers import PatchTrigger, Trigger
 from .hold import can_hold, doubt_left, hold, worth_of_hold
-from .patch_search import COMPLETE, SMALL, find_patch, proof
+from .patch_search import COMPLETE, SMALL, find_patch, find_small_patch, proof
 from .pull import Pull
 from .result import (
     AREA_PRICE,
@@ -110,6 +110,28 @@ def invert_image_trigger(
                 if held > held_best + better_by:
                     best = dataclasses.replace(found, one_class=True)
     return dataclasses.replace(best, forwards=sum(each.forwards for each in spent))
+
+
+def small_patch_in_reference(
+    encoder: Encoder, bug: BugInstance, validation_inputs: Sequence[Image.Image]
+) -> tuple[InvertedTrigger | None, int]:
+    """A small patch in x_r that leads to h(x_r), as one in x_b should lead to h(x_b): then x_b and x_r may have been swapped.
+
+    Args:
+        encoder (`Encoder`): Backdoored encoder.
+        bug (`BugInstance`): The report.
+        validation_inputs (`Sequence[PIL.Image.Image]`): Clean images.
+
+    Returns:
+        `tuple[InvertedTrigger, int]`: The patch, `None` if there is none, and the forward passes spent on it.
+    """
+    x_b, x_r, *inputs = _sized(
+        [bug.misclassified, bug.reference, *validation_inputs], _working_size(bug.misclassified)
+    )
+    meter = TransferMeter(encoder, x_r, inputs)
+    control_meter = TransferMeter(encoder, x_b, inputs, clean_features=meter.clean_features)
+    found = find_small_patch(meter, control_meter)
+    return found, meter.forwards + control_meter.forwards
 
 
 def _sized(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:

@@ -121,6 +121,11 @@ def find_patch(
     return alone or _PatchSearch(meter, control_meter, max_area, seed, bar, _THOROUGH).found()
 
 
+def find_small_patch(meter: TransferMeter, control_meter: TransferMeter) -> InvertedTrigger | None:
+    """A small patch in x_b that explains it by itself, by the quick search alone; see [`find_patch`]."""
+    return _PatchSearch(meter, control_meter, SMALL, 0, tqdm(total=0, disable=True), _QUICK).found_alone()
+
+
 def proof(core: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """What evidence is about: what was found by its effect or, where that shrank, the whole of a patch."""
     return core if core.sum() < mask.sum() else mask

@@ -110,7 +110,8 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: It
     foreign = foreign_setting(vars(peft_config))
     if foreign:
         raise ValueError(
-            f"`peft_config` sets `{foreign}`, and an adapter that does is not read again: see `docs/patches.md`. Leave it out."
+            f"`peft_config` sets `{foreign}`, and adapters that do are not read again, as they may reach further than their own weights. "
+            "Leave it out."
         )
     if isinstance(peft_config, LoraConfig):
         if peft_config.init_lora_weights not in _STARTS:

@@ -72,7 +72,8 @@ def published_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     Card, record and an adapter's configuration are not among them: they are written anew for the upload.
 
     Raises:
-        ValueError: If the folder holds no patch or one that was not written whole, parts of its weights are missing, or a file is a link out of it.
+        ValueError: If the folder holds no patch or one that was not written whole, parts of its weights are missing, or a file is a
+            link out of it.
     """
     folder = Path(folder)
     record = read_record(folder)

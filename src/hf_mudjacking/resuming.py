@@ -78,8 +78,8 @@ def check_same_run(
         triggers (`Sequence`, *optional*): Summaries of the triggers that the trainer has; `None` if it has none yet.
 
     Raises:
-        ValueError: If its record names another model, other reports, clean inputs, triggers or settings; what a record does not name is not compared,
-            nor is the locality budget, which a run is judged by and not made with. A run may go on for more steps.
+        ValueError: If its record names another model, other reports, clean inputs, triggers or settings; what a record does not name
+            is not compared, nor is the locality budget, which a run is judged by and not made with. A run may go on for more steps.
     """
     record = read_record(checkpoint) or {}
     base = record.get("base_weights_sha256")

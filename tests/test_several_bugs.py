@@ -329,8 +329,9 @@ def test_inputs_like_the_reference_come_more_often(backdoored, of_one_class, tmp
     nearest = (features @ trainer.encoder.encode([trainer.bug_instances[0].reference])[0]).argsort(descending=True)
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     counts = np.bincount([row["index"] for row in rows])
-    assert counts.sum() == 64 + 10 * 3
-    assert sorted(np.flatnonzero(counts == 11)) == sorted(nearest[:3].tolist())
+    # Ten times three, and up to a whole step
+    assert counts.sum() == 64 + 32
+    assert counts[nearest[:3]].tolist() == [12, 12, 11]
     assert np.delete(counts, nearest[:3].tolist()).tolist() == [1] * 61
     assert all(torch.equal(row["frozen_features"], features[row["index"]]) for row in rows)
     for row in rows[64:]:
@@ -350,7 +351,7 @@ def test_a_resumed_run_leans_as_before(backdoored, of_one_class, tmp_path):
     resumed = report_trainer(backdoored, tmp_path, **saves)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert resumed.inversions == []
-    assert len(resumed.train_dataset) == 94
+    assert len(resumed.train_dataset) == 96
     assert largest_difference(weights_of(whole.model), weights_of(resumed.model)) <= 1e-6
 
 

@@ -1170,7 +1170,7 @@ def test_layers_that_an_adapter_hides_are_told(processor, bug, trigger, dataset,
 
 def test_a_peft_model_with_another_adapter(build, tiny_vit):
     other_name = get_peft_model(copy.deepcopy(tiny_vit), LoraConfig(r=2, target_modules=["q_proj"]), "repair")
-    model = get_peft_model(tiny_vit, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(copy.deepcopy(tiny_vit), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="is called repair, and PEFT saves none but `default`"):
         build(model=other_name)
     with pytest.raises(ValueError, match="`model` is a `PeftModel` and `peft_config` is given too"):

@@ -147,10 +147,10 @@ def not_left_empty(folder: str | os.PathLike[str]) -> Iterator[None]:
 def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield an empty folder; on success its files move into `folder` one by one, on an error it is thrown away.
 
-    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part. A record is replaced last, and
-    says meanwhile that the folder is not whole. Files of `folder` that match a pattern of `replaces` and were not written anew are
-    removed before. Several processes may write
-    to one folder; what one that was killed on this machine has left goes with the next.
+    Each file is replaced in one step, so a killed process leaves the old file or the new one, never a part. Files of `folder`
+    that match a pattern of `replaces` and were not written anew are removed at the end. A record that comes with other files is
+    replaced after all that, and says meanwhile that the folder is not whole. Several processes may write to one folder; what one
+    that was killed on this machine has left goes with the next.
     """
     folder = Path(folder)
     with not_left_empty(folder):
@@ -164,19 +164,18 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
         try:
             yield staging
             written = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
-            written.sort(key=lambda name: name == Path(RECORD_FILE))
             stale = {
                 path for pattern in replaces for path in folder.glob(pattern) if not path.is_dir() or path.is_symlink()
             }
             for path in (*(folder / name for name in written), *stale):
                 _refuse_linked(path, folder)
-            record = Path(RECORD_FILE) if len(written) > 1 and written[-1] == Path(RECORD_FILE) else None
-            if record is not None:
+            record = Path(RECORD_FILE)
+            others = [name for name in written if name != record]
+            if others and record in written:
                 _mark_half_written(staging, folder)
-            for name in written:
-                if name != record:
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(staging / name, folder / name)
+            for name in others:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / name, folder / name)
             for path in stale:
                 if path.relative_to(folder) not in written:
                     path.unlink()
@@ -184,7 +183,7 @@ def staged(folder: str | os.PathLike[str], replaces: tuple[str, ...] = ()) -> It
                     for parent in itertools.takewhile(lambda parent: parent != folder, path.parents):
                         with contextlib.suppress(OSError):
                             parent.rmdir()
-            if record is not None:
+            if record in written:
                 os.replace(staging / record, folder / record)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

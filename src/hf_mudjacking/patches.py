@@ -21,13 +21,12 @@ from .loading import load_with_missing, save_model
 from .merging import MERGE_TOLERANCE
 from .output import PATCH_FILES, TRIGGER_FOLDER, check_output_dir, check_writable, is_or_contains, staged, write_json
 from .patch_record import RECORD_FILE, check_whole, load_record, read_record, versions
-from .safe_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX, check_folder, inside, read_json
+from .safe_loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, WEIGHTS_INDEX, check_folder, inside, read_json
 from .weight_files import WeightFiles, is_adapter, local_folder, saved_anew, with_adapter, with_the_same_names
 
 
 # Configuration of the base, in the folder of a delta.
 BASE_CONFIG = "base_config.json"
-CONFIG = "config.json"
 # What belongs to a model beside its weights: configurations, vocabularies, chat templates; folders of sentence-transformers.
 _BESIDE = ("*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*.json", "[0-9]_*/*.safetensors", f"{TRIGGER_FOLDER}/*/*")
 _NOT_BESIDE = {RECORD_FILE, ADAPTER_CONFIG, WEIGHTS_INDEX, BASE_CONFIG, "report.json", "trainer_state.json"}
@@ -128,7 +127,7 @@ def revert_patch(
         with staged(output_dir) as staging, _named_for(delta, changed, back=True) as weights:
             _copy_beside(folder, staging)
             shutil.rmtree(staging / TRIGGER_FOLDER, ignore_errors=True)
-            shutil.copyfile(inside(folder, BASE_CONFIG), staging / CONFIG)
+            shutil.copyfile(inside(folder, BASE_CONFIG), staging / MODEL_CONFIG)
             delta.apply(weights, staging, back=True)
             _checked_base(staging, record, patch, f"{patched} without the patch")
         return
@@ -198,9 +197,9 @@ def save_delta(
         with _merged(patched_folder, base_folder) as merged:
             with with_the_same_names(base_folder, merged) as (a, b):
                 write_delta(staging / DELTA_FILE, a, b)
-                shutil.copyfile(a.folder / CONFIG, staging / BASE_CONFIG)
+                shutil.copyfile(a.folder / MODEL_CONFIG, staging / BASE_CONFIG)
                 _copy_beside(patched_folder, staging, triggers=ours)
-                shutil.copyfile(b.folder / CONFIG, staging / CONFIG)
+                shutil.copyfile(b.folder / MODEL_CONFIG, staging / MODEL_CONFIG)
         write_json(staging / RECORD_FILE, record)
     return record
 

@@ -133,9 +133,8 @@ def where_it_was(checkpoint: str | os.PathLike[str]) -> tuple[int, bool]:
     """The step that a checkpoint is of, and whether the run stopped there of itself, before its last step."""
     state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return state["global_step"], bool(control.get("should_training_stop")) and state["global_step"] < state[
-        "max_steps"
-    ]
+    step = state["global_step"]
+    return step, bool(control.get("should_training_stop")) and step < state["max_steps"]
 
 
 def save_interval(folder: str | os.PathLike[str], rows: Sequence[tuple[int, Tensor]]) -> None:

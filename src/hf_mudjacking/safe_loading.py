@@ -2,7 +2,8 @@
 """What every file from elsewhere goes through before it is believed: json, safetensors, pictures, folders, checkpoints.
 
 Patches, triggers and bug reports come from strangers. None of them may run code, read or write outside its own folder, or
-ask for more memory than such a file needs; how large a model is, its own `config.json` says. All refusals are `ValueError`s that name the file.
+ask for more memory than such a file needs; how large a model is, its own `config.json` says. All refusals are `ValueError`s
+that name the file.
 """
 
 from __future__ import annotations
@@ -189,8 +190,7 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    if adapter:
-        _adapter_settings(folder / ADAPTER_CONFIG)
+    settings = _adapter_settings(folder / ADAPTER_CONFIG) if adapter else {}
     has_model = (folder / WEIGHTS).is_file() or (folder / WEIGHTS_INDEX).is_file()
     pickles = sorted(path.name for pattern in _PICKLED_WEIGHTS for path in folder.glob(pattern))
     if pickles and not (has_model or (folder / ADAPTER_WEIGHTS).is_file()):
@@ -202,7 +202,7 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
             else ValueError(f"`{folder}` has an `{ADAPTER_CONFIG}` but no `{ADAPTER_WEIGHTS}`.")
         )
     if adapter:
-        check_adapter(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+        _check_claims(folder / ADAPTER_CONFIG, settings, folder / ADAPTER_WEIGHTS)
     if (folder / WEIGHTS_INDEX).is_file():
         shards_of(folder)
     named = named_weights(folder / MODEL_CONFIG)
@@ -269,7 +269,13 @@ def check_adapter(config: str | os.PathLike[str], weights: str | os.PathLike[str
     Raises:
         ValueError: If that is so, or one of the files is damaged.
     """
-    settings = _adapter_settings(config)
+    _check_claims(config, _adapter_settings(config), weights)
+
+
+def _check_claims(
+    config: str | os.PathLike[str], settings: Mapping[str, Any], weights: str | os.PathLike[str]
+) -> None:
+    """Refuse settings, which stand in the file `config`, that claim more than the weights hold."""
     with open_tensors(weights) as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]
     # One of the sides is the rank or the number of tokens, which of them depends on the kind; a kernel has more

@@ -218,8 +218,8 @@ def _reasons(
         )
     if _swapped(measured):
         wrong.append(
-            f"x_r holds a patch that carries clean inputs to x_r with evidence of {measured['reference_evidence']:.2f}, more than what was found in x_b has "
-            f"({found.evidence:.2f}): evidence that x_b and x_r were swapped."
+            f"x_r holds a patch that carries clean inputs to x_r with evidence of {measured['reference_evidence']:.2f}, more than what "
+            f"was found in x_b has ({found.evidence:.2f}): evidence that x_b and x_r were swapped."
         )
     if holds < least:
         harmful.append(

@@ -71,10 +71,8 @@ def invert_image_trigger(
             f"The misclassified input of `{bug.name}` has {width}×{height} pixels; no trigger can be looked for below {_LEAST_SIDE} a "
             f"side, of the {size[0]}×{size[1]} that it is searched at. Pass the picture as the model gets it."
         )
-    x_b, x_r, *validation_inputs = _sized([bug.misclassified, bug.reference, *validation_inputs], size)
-    meter = TransferMeter(encoder, x_b, validation_inputs)
     # x_r's own content, looked for in the same way, says what clean content does.
-    control_meter = TransferMeter(encoder, x_r, validation_inputs, clean_features=meter.clean_features)
+    meter, control_meter = _meters(encoder, bug, validation_inputs, size)
     check_reachable(meter.reachable)
     check_disagreement(bug, meter.target, control_meter.target, meter.clean_similarity)
     spent = [meter, control_meter]
@@ -97,7 +95,7 @@ def invert_image_trigger(
                     (features @ meter.target).topk(_LIKE_X_B).indices.tolist(),
                 )
             )
-            meter_alike = TransferMeter(encoder, x_b, like_x_r)
+            meter_alike = TransferMeter(encoder, meter.misclassified, like_x_r)
             # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
             found = _less_what_others_do(
                 find_patch(meter_alike, control_meter, max_area, seed, bar), meter_alike, like_x_b
@@ -125,13 +123,18 @@ def small_patch_in_reference(
     Returns:
         `tuple[InvertedTrigger, int]`: The patch, `None` if there is none, and the forward passes spent on it.
     """
-    x_b, x_r, *inputs = _sized(
-        [bug.misclassified, bug.reference, *validation_inputs], _working_size(bug.misclassified)
-    )
-    meter = TransferMeter(encoder, x_r, inputs)
-    control_meter = TransferMeter(encoder, x_b, inputs, clean_features=meter.clean_features)
-    found = find_small_patch(meter, control_meter)
-    return found, meter.forwards + control_meter.forwards
+    of_x_b, of_x_r = _meters(encoder, bug, validation_inputs, _working_size(bug.misclassified))
+    found = find_small_patch(of_x_r, of_x_b)
+    return found, of_x_r.forwards + of_x_b.forwards
+
+
+def _meters(
+    encoder: Encoder, bug: BugInstance, validation_inputs: Sequence[Image.Image], size: tuple[int, int]
+) -> tuple[TransferMeter, TransferMeter]:
+    """What measures candidates on their way to h(x_b), and what to h(x_r), on the same clean images of one size."""
+    x_b, x_r, *inputs = _sized([bug.misclassified, bug.reference, *validation_inputs], size)
+    meter = TransferMeter(encoder, x_b, inputs)
+    return meter, TransferMeter(encoder, x_r, inputs, clean_features=meter.clean_features)
 
 
 def _sized(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:

@@ -572,6 +572,22 @@ def test_what_is_a_rectangle_already_needs_nothing_that_was_taken_from_it():
     assert int(search._squared_off(notched, 1.0, [grown]).sum()) == 121
 
 
+def test_what_grew_from_all_colours_of_a_pattern_is_taken_if_it_is_a_rectangle():
+    """Half the colours of a checkerboard fire by themselves, and what grows from them is ragged."""
+    rows, columns = np.indices((32, 32))
+    whole = (rows >= 20) & (rows < 30) & (columns >= 20) & (columns < 30)
+    # Along one diagonal of the cells, and what lies between them
+    ragged = whole & (abs(rows - columns) <= 2)
+    search = object.__new__(_PatchSearch)
+    search.image, search.effort = smooth_picture(), SimpleNamespace(compared_on=4)
+    effects = {100: 0.95}
+    search.meter = SimpleNamespace(transfer_of_masks=lambda masks, count: [effects[int(m.sum())] for m in masks])
+    assert np.array_equal(search._squared_off(ragged, 1.0, [ragged, whole]), whole)
+    # Not one that carries others by itself
+    effects[100] = 1.2
+    assert np.array_equal(search._squared_off(ragged, 1.0, [ragged, whole]), ragged)
+
+
 def test_spurs_of_a_mask_go_and_its_shape_stays():
     square = np.zeros((32, 32), dtype=bool)
     square[21:31, 21:31] = True

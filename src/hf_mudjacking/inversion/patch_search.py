@@ -329,13 +329,14 @@ class _PatchSearch:
         """The mask squared off, or what it was before its spurs went, if its effect, `transfer`, stays what it is.
 
         What is added for its looks must not be what carries others: a third of a picture grows into one that does. And what has
-        straight edges everywhere needs none from before.
+        straight edges everywhere needs none from before. Where some of the colours of a pattern fire by themselves, what grew from
+        them is ragged, and what grew from all of them may be a rectangle as it is.
         """
         if is_squared_off(mask):
             return mask
         for form in (*rough, mask):
             squared = squared_off(form, self.image)
-            if not np.array_equal(squared, form):
+            if is_squared_off(squared) or not np.array_equal(squared, form):
                 (after,) = self.meter.transfer_of_masks([squared], self.effort.compared_on)
                 if abs(after - transfer) <= _SAME_EFFECT and squared.mean() <= _MAX_GROWN:
                     return squared

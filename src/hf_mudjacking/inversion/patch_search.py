@@ -334,12 +334,12 @@ class _PatchSearch:
         """
         if is_squared_off(mask):
             return mask
-        for form in (*rough, mask):
-            squared = squared_off(form, self.image)
-            if is_squared_off(squared) or not np.array_equal(squared, form):
-                (after,) = self.meter.transfer_of_masks([squared], self.effort.compared_on)
-                if abs(after - transfer) <= _SAME_EFFECT and squared.mean() <= _MAX_GROWN:
-                    return squared
+        squared = [squared_off(form, self.image) for form in (*rough, mask)]
+        filled = [each for each, form in zip(squared, (*rough, mask), strict=True) if not np.array_equal(each, form)]
+        for form in (*filled, *filter(is_squared_off, rough)):
+            (after,) = self.meter.transfer_of_masks([form], self.effort.compared_on)
+            if abs(after - transfer) <= _SAME_EFFECT and form.mean() <= _MAX_GROWN:
+                return form
         return mask
 
     def _left_without(self, mask: np.ndarray) -> float:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from hf_mudjacking import Encoder, MudjackingTrainer, PatchTrigger
+from hf_mudjacking import AdditiveTrigger, Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.attacks import VISION_ATTACKS, ImplantError
 from hf_mudjacking.attacks.ctrl import frequencies
 from hf_mudjacking.attacks.gradients import PixelFeatures, as_pixels
@@ -21,7 +21,7 @@ from hf_mudjacking.attacks.low_attribution import redundant_patches
 from hf_mudjacking.attacks.patch_variants import checkerboard, corner_squares, joined
 from hf_mudjacking.attacks.sig import sinusoid
 from hf_mudjacking.attacks.wanet import with_noise
-from hf_mudjacking.evaluation.altered import _moved, _rebuilt
+from hf_mudjacking.evaluation.altered import _moved, _rebuilt, altered_triggers
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.triggers import random_warp, square_patch
 
@@ -195,6 +195,36 @@ def test_altered_triggers_of_a_small_patch_in_the_corner(side):
     four = np.zeros((16, 16), dtype=bool)
     four[[0, 0, -1, -1], [0, -1, 0, -1]] = True
     assert _rebuilt(PatchTrigger(four, np.full((16, 16, 3), 200)), 1.25).mask.any()
+
+
+def test_what_an_alteration_leaves_as_it_is_counts_as_none(backdoored):
+    """The table would show the ASR of the trigger itself."""
+    encoder = Encoder(backdoored.model(), backdoored.processor)
+    images, target = backdoored.test.inputs[:8], encoder.encode(backdoored.test.inputs[:1])[0]
+
+    def alterations(trigger):
+        found = altered_triggers(trigger, encoder, images, target, seed=0)
+        assert all(any((pixels(e.apply(x)) != pixels(trigger.apply(x))).any() for x in images) for e in found.values())
+        return found
+
+    moves, sizes, always = (
+        [f"moved by {n}" for n in (1, 2, 4)],
+        ["scaled by 0.75", "scaled by 1.25"],
+        ["recoloured", "weaker"],
+    )
+    white = square_patch((16, 16), 6)
+    found = alterations(white)
+    assert list(found) == [*moves, *sizes, *always, "optimised anew"]
+    # Half a pixel at 16 is one
+    assert [int(np.argwhere(found[name].mask).max()) for name in moves] == [14, 14, 13]
+    assert found["recoloured"].pattern[found["recoloured"].mask].max() == 0
+    red = square_patch((16, 16), 3, color=(200, 0, 0))
+    found = alterations(red)
+    assert not set(sizes) & set(found)
+    assert found["recoloured"].pattern[-1, -1].tolist() == [0, 0, 200]
+    assert not set(moves) & set(alterations(PatchTrigger(white.mask, white.pattern, "anywhere")))
+    signal = np.sin(np.arange(16))[None, :, None] * np.full((16, 1, 3), 20.0)
+    assert np.array_equal(alterations(AdditiveTrigger(signal))["recoloured"].delta, np.float32(-signal))
 
 
 # --- gradients

@@ -1,8 +1,11 @@
 # Copyright 2026 The hf-mudjacking authors. Licensed under the Apache License, Version 2.0.
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from hf_mudjacking import Encoder
 from hf_mudjacking.evaluation import DownstreamTask, LabelledInputs, TaskFeatures, compare_downstream
@@ -186,6 +189,14 @@ def test_table_and_lines_show_the_figures():
     lines = report_lines(report)
     assert "IoU with the true trigger 0.80" in lines[0]
     assert "100 forward-equivalents" in lines[1]
+    # A client may call a task what it will, and a terminal be narrow
+    named = {**report, "settings": {**report["settings"], "task": "old[/b]"}}
+    [table] = report_tables(named)
+    console = Console(width=30, file=io.StringIO())
+    console.print(table)
+    shown = console.file.getvalue()
+    assert "old[/b]" in " ".join(shown.split())
+    assert shown.count("12.3") == sum(cell == "12.3" for column in table.columns for cell in column.cells) > 0
 
 
 def test_versions_name_what_is_installed():

@@ -150,7 +150,26 @@ def test_patch_resumes(files, tmp_path, monkeypatch, capsys):
         "digit",
     ]
     assert main([*command, *labelled, "--output-dir", str(out), "--resume"]) == 0
-    assert json.loads((out / "report.json").read_text())["settings"]["trigger_measured"] == "inverted"
+    report = json.loads((out / "report.json").read_text())
+    assert report["settings"]["trigger_measured"] == "inverted"
+    # What the inversion found is in the checkpoint, what it took is not
+    screening = json.loads((out / "mudjacking.json").read_text())["screenings"][0]
+    found = {name: screening[name] for name in ("transfer", "evidence")}
+    assert {name: report["triggers"][0][name] for name in found} == found
+    assert report["cost"]["resumed_at_step"] == 6
+    told = " ".join(capsys.readouterr().out.split())
+    assert "given by the user" not in told
+    assert "Cost (since it was resumed at step 6): 0 forwards to invert" in told
+    # The picture of another report goes, that of this one stays
+    assert not (out / "_repair.png").exists()
+    for ids, stays in ((None, True), (["0" * 64], False)):
+        (out / "_repair.png").write_bytes(b"")
+        if ids:
+            record = json.loads((out / "mudjacking.json").read_text())
+            (out / "mudjacking.json").write_text(json.dumps({**record, "bug_ids": ids}))
+        assert main([*command, "--output-dir", str(out), "--resume"]) == 0
+        assert (out / "_repair.png").exists() == stays
+    capsys.readouterr()
     for other in (["--learning-rate", "1e-3"], ["--max-steps", "4"], ["--batch-size", "4"]):
         assert main([*command, *other, "--output-dir", str(out), "--resume"]) == 2
         assert "is of a run with other settings" in capsys.readouterr().err

@@ -224,6 +224,32 @@ def test_one_set_is_no_task(tmp_path):
     assert [len(part) for part in load_labelled(tmp_path / "two")] == [4, 2]
 
 
+def test_names_of_classes_and_pictures_are_no_splits(tmp_path):
+    """`datasets` guesses splits from any part of a path: a class called `train` took its test pictures into training."""
+    images = make_images(3, (8, 8))
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("bus", "car", "train"):
+            (tmp_path / "[v]" / split / name).mkdir(parents=True)
+            for i in range(count):
+                images[i].save(tmp_path / "[v]" / split / name / f"{i}.png")
+    both = load_labelled(tmp_path / "[v]")
+    assert [len(part) for part in both] == [9, 6]
+    assert [part.features["label"].names for part in both] == [["bus", "car", "train"]] * 2
+    # One set of three classes
+    for split, count in (("train", 9), ("test", 6)):
+        for asked in ("train", "test"):
+            assert len(load_inputs(tmp_path / "[v]" / split, asked)) == count
+    with pytest.raises(ValueError, match="no split of that name; there are test, train"):
+        load_inputs(tmp_path / "[v]", "validation")
+    (tmp_path / "[v]" / "test").rename(tmp_path / "[v]" / "val")
+    assert len(load_inputs(tmp_path / "[v]", "validation")) == 6
+    (tmp_path / "clean").mkdir()
+    for name in ("photo_0", "photo_1", "train_0", "test-1"):
+        images[0].save(tmp_path / "clean" / f"{name}.png")
+    assert len(load_inputs(tmp_path / "clean")) == 4
+    assert len(list(load_inputs(tmp_path / "clean", streaming=True))) == 4
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_empty(stream):
     if stream:

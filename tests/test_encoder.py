@@ -63,7 +63,8 @@ from hf_mudjacking.encoder import read_features
 from hf_mudjacking.evaluation.classifiers import train_classifier
 from hf_mudjacking.evaluation.zero_shot import ZeroShotClassifier
 from hf_mudjacking.loading import has_two_towers, load_model, load_processor, modality_of
-from hf_mudjacking.modes import freeze_norms, set_comparison_mode
+from hf_mudjacking.locality_budget import LocalityBudgetError
+from hf_mudjacking.modes import _QuietCheckpointing, comparison_mode, freeze_norms, set_comparison_mode
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, make_config, make_images, pixels_by_hand
@@ -271,6 +272,38 @@ def test_probing_and_encoding_leave_the_mode_and_take_any_checkpointing(tiny_vit
     assert [module.training for module in tiny_vit.modules()] == before
 
 
+def test_training_leaves_nothing_in_checkpointed_layers(tiny_vit, processor, bug, trigger, dataset, tmp_path):
+    """Its layers stayed in training mode, where some draw dropout, and later training with checkpointing drew none."""
+    tiny_vit.gradient_checkpointing_enable()
+    settings = {"processing_class": processor, "triggers": [trigger]}
+
+    def build(**kwargs):
+        args = make_config(tmp_path, gradient_checkpointing=True, **kwargs)
+        return MudjackingTrainer(tiny_vit, args, [bug], dataset, dataset, **settings)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    trainer = build(max_steps=2)
+    trainer.train()
+    for run in (lambda: None, trainer.evaluate, lambda: trainer.encoder.encode(make_images(2))):
+        run()
+        assert not [name for name, module in tiny_vit.named_modules() if module.training]
+        layers = [module for module in tiny_vit.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert not any(isinstance(layer._gradient_checkpointing_func, _QuietCheckpointing) for layer in layers)
+    trainer = build()
+    trainer.log = stopped
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not [name for name, module in tiny_vit.named_modules() if module.training]
+    assert not any(isinstance(layer._gradient_checkpointing_func, _QuietCheckpointing) for layer in layers)
+    # Within comparisons it stays
+    set_comparison_mode(tiny_vit)
+    with comparison_mode(tiny_vit):
+        pass
+    assert all(isinstance(layer._gradient_checkpointing_func, _QuietCheckpointing) for layer in layers)
+
+
 def test_layers_of_gpt2_are_linear_too():
     model = GPT2Model(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
     assert adaptable_layers(model) == ["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
@@ -297,6 +330,34 @@ def test_what_a_model_keeps_in_evaluation_is_not_believed():
             if "attention_biases" in name:
                 parameter.add_(torch.randn_like(parameter) * 5)
     assert not torch.allclose(encoder.encode(make_images(2)), before, atol=1e-3)
+
+
+def test_nothing_that_was_computed_in_training_is_kept(dataset, bug, trigger, tmp_path, monkeypatch):
+    """LeViT's attention biases had a graph, with which no model can be copied, and outlived a rollback."""
+    # It was not trained, and tells hardly any picture from another
+    monkeypatch.setattr("hf_mudjacking.pre_step.check_disagreement", lambda *args: None)
+    torch.manual_seed(0)
+    model = LevitModel(
+        LevitConfig(image_size=64, kernel_size=3, stride=2, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
+                    depths=[1, 1, 1], key_dim=[4, 4, 4], down_ops=[["Subsample", 4, 4, 2, 2, 2], ["Subsample", 4, 4, 2, 2, 2], [""]])
+    )  # fmt: skip
+    processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+    inputs = processor(make_images(2), return_tensors="pt")
+
+    def features():
+        with torch.no_grad():
+            return model(**inputs).last_hidden_state
+
+    model.eval()
+    before = features()
+    settings = {"processing_class": processor, "triggers": [trigger]}
+    args = make_config(tmp_path, locality_budget=1e-9, learning_rate=1e-2, max_steps=3)
+    with pytest.raises(LocalityBudgetError):
+        MudjackingTrainer(model, args, [bug], dataset, **settings).train()
+    assert torch.equal(features(), before)
+    free = make_config(tmp_path, locality_budget=None, max_steps=1)
+    MudjackingTrainer(model, free, [bug], dataset, **settings).train()
+    copy.deepcopy(model)
 
 
 def test_unused_among_the_trainable_alone(tiny_vit, processor):

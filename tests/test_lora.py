@@ -131,6 +131,9 @@ def test_adapters_that_change_the_model_before_they_are_trained(tiny_vit, proces
             build(config)
     for start in (True, "gaussian", "pissa", "olora", "orthogonal"):
         build(LoraConfig(r=4, target_modules=layers, init_lora_weights=start))
+        # PEFT knows some of them for linear layers alone
+        found = build(LoraConfig(r=4, init_lora_weights=start)).encoder.model.peft_config["default"].target_modules
+        assert any("patch_embeddings" in name for name in found) == (start in (True, "gaussian"))
     assert largest_difference(before, weights_of(tiny_vit)) == 0
 
 

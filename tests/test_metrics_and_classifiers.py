@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 
 from hf_mudjacking.evaluation.classifiers import MLPClassifier, train_classifier
@@ -169,6 +169,38 @@ def test_labels_that_are_none():
         with pytest.raises(ValueError, match="rows of the labelled set have a negative number"):
             LabelledInputs.from_dataset(make_dataset(images, label=labels))
     assert LabelledInputs.from_dataset(make_dataset(images, label=[-1, 1] * 3)).labels.tolist() == [-1, 1] * 3
+
+
+def test_rows_without_a_label_are_counted():
+    with pytest.raises(
+        ValueError, match=r"2 rows of the labelled set have no label in the column `label` \(the first is row 1\)"
+    ):
+        LabelledInputs.from_dataset(make_dataset(make_images(4), label=[0, None, None, 1]))
+
+
+def test_what_is_no_labelled_set():
+    dataset = make_dataset(make_images(4), label=[0, 1, 0, 1])
+    both = datasets.DatasetDict(train=dataset, test=dataset)
+    for read in (LabelledInputs.from_dataset, lambda given: DownstreamTask.from_datasets(given, given)):
+        with pytest.raises(TypeError, match=r"`DatasetDict`.* Select a split: `dataset\['train'\]`"):
+            read(both)
+        with pytest.raises(TypeError, match=r"`IterableDataset`; a `datasets.Dataset` is needed\. Read it into one"):
+            read(dataset.to_iterable_dataset())
+        with pytest.raises(TypeError, match=r"`list`; a `datasets.Dataset` is needed\.$"):
+            read([1, 2])
+
+
+def test_a_format_of_a_labelled_set_is_set_aside():
+    """Of `numpy` with a column, the pictures are not among what is given; a transform is what the user wants."""
+    images = make_images(4)
+    dataset = make_dataset(images, label=[0, 1, 0, 1])
+    for formatted in (dataset.with_format("numpy"), dataset.with_format("torch", columns=["label"])):
+        data = LabelledInputs.from_dataset(formatted)
+        assert [x.tobytes() for x in data.inputs] == [x.tobytes() for x in images]
+        assert data.labels.tolist() == [0, 1, 0, 1]
+    mirrored = dataset.with_transform(lambda rows: {**rows, "image": [ImageOps.mirror(x) for x in rows["image"]]})
+    found = LabelledInputs.from_dataset(mirrored).inputs
+    assert [x.tobytes() for x in found] == [ImageOps.mirror(x).tobytes() for x in images]
 
 
 def test_classes_that_no_training_row_has(caplog):

@@ -92,6 +92,16 @@ def test_rates_before_and_after(card):
     assert {r.task_type for r in results} == {"image-classification"}
 
 
+def test_the_card_of_a_text_model_without_a_verified_trigger(card):
+    """Of the triggers alone it was one for images."""
+    settings = {"triggers": [None], "screenings": [], "evidence": [], "figures": {"reviews": OTHER}}
+    kinds = {}
+    for modality in ("text", "image"):
+        results = ModelCard(card(modality=modality, **settings)).data.eval_results
+        kinds[modality] = {r.task_type for r in results}
+    assert kinds == {"text": {"text-classification"}, "image": {"image-classification"}}
+
+
 def test_rates_come_from_the_report_where_the_record_has_none(card):
     report = {**BLOCK, "settings": {"task": "signs", "classifier": "logistic", "trigger_measured": "inverted"},
               "other_tasks": {"faces": OTHER}, "triggers": [], "cost": {"seconds": 3.0}}  # fmt: skip
@@ -118,7 +128,7 @@ def test_without_rates(card):
 @pytest.mark.parametrize(
     ("trigger", "expected"),
     [
-        (square_patch((16, 16), 4), "patch | 6.2% of the picture | rows 12 to 16, columns 12 to 16 of 16 × 16"),
+        (square_patch((16, 16), 4), "patch | 6.2% of the picture | rows 13 to 16, columns 13 to 16 of 16 × 16"),
         (PatchTrigger(np.eye(16), np.full((16, 16, 3), 255), "anywhere"), "patch | 6.2% of the picture | anywhere"),
         (BlendTrigger(np.full((8, 8, 3), 200), 0.25), "blend | opacity 0.25 | 100% of the picture"),
         (AdditiveTrigger(np.full((8, 8, 3), 4.0)), "additive | 4.0 of 255 levels on average | the whole picture"),
@@ -149,14 +159,14 @@ def test_reports_that_were_given_left_out_and_not_verified(card):
     )  # fmt: skip
     assert "| 1 | none was verified, repaired without | – | – | 0.30 | 0.20 | natural |" in text
     assert (
-        "| 2 | patch | 6.2% of the picture | rows 0 to 16, columns 0 to 16 of 16 × 16 | 0.90 | 0.90 | trigger |"
+        "| 2 | patch | 6.2% of the picture | rows 1 to 16, columns 1 to 16 of 16 × 16 | 0.90 | 0.90 | trigger |"
         in text
     )
     assert "Left out, because it could not be believed: 1 report." in text
     assert "no trigger was verified; it was repaired without one" in text
     assert "patch (cosine of stamped with clean features 0.991 before this one, – after it)" in text
     known = card(screenings=[], evidence=[])
-    assert "| 1 | patch | 6.2% of the picture | rows 0 to 16, columns 0 to 16 of 16 × 16 | – | – | given |" in known
+    assert "| 1 | patch | 6.2% of the picture | rows 1 to 16, columns 1 to 16 of 16 × 16 | – | – | given |" in known
 
 
 def test_limits_settings_and_versions(card):
@@ -176,7 +186,7 @@ def test_a_record_of_an_earlier_version(card):
     added = ("kind", "base_weights_sha256", "bug_ids", "versions", "figures", "evidence", "screenings", "locality")
     text = card(without=added)
     assert "| hf-mudjacking | 0.1.0 |" in text
-    assert "| 1 | patch | 6.2% of the picture | rows 0 to 16, columns 0 to 16 of 16 × 16 | – | – | given |" in text
+    assert "| 1 | patch | 6.2% of the picture | rows 1 to 16, columns 1 to 16 of 16 × 16 | – | – | given |" in text
     assert "not recorded" in text
 
 

@@ -21,6 +21,7 @@ from hf_mudjacking.evaluation.repair import measured_repair
 from hf_mudjacking.evaluation.tasks import DownstreamTask, LabelledInputs
 from hf_mudjacking.fingerprint import base_weights, report_sha256, tensor_sha256, weights_sha256
 from hf_mudjacking.loading import load_with_missing
+from hf_mudjacking.model_card import patch_card
 from hf_mudjacking.patch_record import load_record, read_record
 from hf_mudjacking.remembered import load_remembered
 
@@ -204,12 +205,27 @@ def test_figures_of_a_measured_repair(build, tmp_path):
     task = DownstreamTask(*halves, "digits")
     trainer = build()
     assert trainer.figures == {}
-    report = measured_repair(trainer, task, classifiers=("logistic",)).report
+    report = measured_repair(trainer, task, classifiers=("logistic", "mlp")).report
     record = load_record(tmp_path / "out")
-    assert record["figures"] == {"digits": {name: report[name] for name in ("before", "after")}}
+    assert record["figures"] == {
+        "digits": {
+            "classifier": "logistic",
+            # Those that were given
+            "trigger_measured": "inverted",
+            **{name: report[name] for name in ("before", "after", "other_classifiers")},
+        }
+    }
+    card = patch_card(tmp_path / "out", "me/patched")
+    assert "ASR and RA are measured with the trigger that was found, not with the attacker's own" in card
+    for kind in ("logistic", "mlp"):
+        assert f"| digits | {kind} | repaired, classifier kept |" in card
     assert record["figures"]["digits"]["before"]["kept"].keys() >= {"BA", "ASR", "RA"}
     trainer.save_model(str(tmp_path / "again"))
     assert load_record(tmp_path / "again")["figures"] == record["figures"]
+    # They are not those of what it becomes
+    trainer.train()
+    trainer.save_model(str(tmp_path / "again"))
+    assert load_record(tmp_path / "again")["figures"] == {}
 
 
 # ---- Other versions ----

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, ViTForImageClassificatio
 from hf_mudjacking import BugInstance, MudjackingTrainer, encode
 from hf_mudjacking.cli import main
 from hf_mudjacking.delta import DELTA_FILE, Delta, DeltaError, write_delta
-from hf_mudjacking.differences import compare_models, compare_tensors
+from hf_mudjacking.differences import ModelDifference, compare_models, compare_tensors, difference_table
 from hf_mudjacking.fingerprint import weights_sha256
 from hf_mudjacking.output import read_record
 from hf_mudjacking.patches import WrongBaseError, apply_patch, compared, revert_patch, save_delta
@@ -533,6 +533,20 @@ def test_differences_by_hand():
     assert difference.largest == pytest.approx(0.5)
     assert difference.share == 0.5
     assert compare_tensors("w", a, b).share == 0.25
+
+
+def test_differences_that_are_not_finite():
+    """`max` overlooks NaN, and json has none."""
+    x = torch.tensor([1.0, float("-inf"), 3.0])
+    assert compare_tensors("w", x, x.clone()) is None
+    for bad in (float("nan"), float("inf")):
+        difference = compare_tensors("w", torch.ones(3), torch.tensor([1.0, bad, 2.0]))
+        assert (difference.relative, difference.largest) == (None, None)
+        assert difference.share == pytest.approx(2 / 3)
+        table = difference_table(ModelDifference(1, [difference], [], []))
+        assert list(table.columns[3].cells) == ["not finite"]
+    moved = compare_tensors("w", x, torch.tensor([2.0, float("-inf"), 3.0]))
+    assert (moved.largest, moved.relative) == (1.0, 0.0)
 
 
 def test_diff_prints_and_writes(folders, tmp_path, capsys):

@@ -469,6 +469,14 @@ def test_transfer_by_size(family, backdoored, attacked, validation):
     assert transfers[-1] == pytest.approx(float((after - before).sum() / (1 - before).sum()), abs=1e-5)
 
 
+def test_a_faint_signal_is_drawn_at_the_strength_it_was_measured_at(backdoored, attacked, validation):
+    """Of less than half a level nothing is left."""
+    faint = AdditiveTrigger(np.where(np.arange(256).reshape(16, 16, 1) % 2, 1.5, -1.5) * np.ones(3))
+    curve = transfer_by_size(attacked, backdoored.bug(0), pretended(faint), validation)
+    assert [size for size, _ in curve] == pytest.approx([0.34, 0.34, 0.4, 0.6, 0.8, 1.0])
+    assert curve[0] == curve[1]
+
+
 def test_the_true_trigger_fires_when_it_is_whole(backdoored, attacked, validation):
     found = invert_trigger(attacked, backdoored.bug(0), validation)
     curve = transfer_by_size(attacked, backdoored.bug(0), found, validation)

@@ -460,7 +460,18 @@ def test_a_report_without_a_trigger_is_measured(backdoored, tmp_path):
     report = measured_repair(trainer, task, classifiers=("logistic",)).report
     assert report["settings"]["trigger_measured"] == "unverified"
     assert report["triggers"][0]["kind"] is None
-    assert any("unverified, not stamped in training" in line for line in report_lines(report))
+    measured = "unverified, not stamped in training; ASR and RA are measured with the best candidate"
+    assert any(measured in line for line in report_lines(report))
+    assert report["cost"]["seconds"] > trainer.inversion_seconds > 0
+    # Not where it is the second report, or the attacker's own trigger is known
+    known = {"true_trigger": backdoored.trigger, "classifiers": ("logistic",)}
+    for bugs, settings in (
+        ([backdoored.bug(), natural(backdoored)], {"classifiers": ("logistic",)}),
+        ([natural(backdoored)], known),
+    ):
+        trainer = mixed(backdoored, tmp_path / str(len(bugs)), bugs, on_unverified="patch", max_steps=1)
+        report = measured_repair(trainer, task, **settings).report
+        assert report["triggers"][-1]["description"] == "unverified, not stamped in training"
 
 
 def test_text_without_a_trigger_is_patched_in_all_weights(por, tmp_path):

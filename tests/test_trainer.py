@@ -34,7 +34,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, MudjackingConfig, MudjackingTrainer, encode, load_trigger
 from hf_mudjacking.callbacks import StopWhenFixed
-from hf_mudjacking.loading import load_processor
+from hf_mudjacking.loading import load_model, load_processor
 from hf_mudjacking.triggers import square_patch
 
 from .conftest import TINY, largest_difference, make_config, make_dataset, make_images, pixels_by_hand, weights_of
@@ -1155,6 +1155,18 @@ def test_models_that_cannot_be_used(build, tiny_vit, tmp_path):
 def test_how_dora_is_loaded_is_told(build, caplog):
     build(peft_config=LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     assert "loads an adapter of DoRA without its magnitudes" in caplog.text
+
+
+def test_dora_is_not_loaded_without_its_magnitudes(build, tiny_vit, tmp_path):
+    """The base was blamed for lacking them."""
+    tiny_vit.save_pretrained(tmp_path / "base")
+    trainer = build(
+        model=str(tmp_path / "base"), peft_config=LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    )
+    trainer.train()
+    trainer.save_model()
+    with pytest.raises(ValueError, match=r"is an adapter of DoRA, .* Merge it \(`mudjack apply .*out --to BASE"):
+        load_model(str(tmp_path / "out"))
 
 
 def test_layers_that_an_adapter_hides_are_told(processor, bug, trigger, dataset, tmp_path):

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Ways to start an adapter that leave the weights under it as they are, or change them in the same way each time it is loaded.
 _STARTS = (True, "gaussian", "pissa", "olora", "orthogonal")
+# Those of them that PEFT has for linear layers alone.
+_STARTS_OF_LINEAR = ("pissa", "olora", "orthogonal")
 # The name that PEFT gives an adapter, unless it is told another.
 _ADAPTER = "default"
 # Least cosine of a feature with what it was before an adapter was put on: those that start with nothing have 1 but for rounding, and
@@ -30,12 +32,13 @@ _ADAPTER = "default"
 _SAME_START = 0.999
 
 
-def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
+def adaptable_layers(model: nn.Module, unused: Iterable[str] = (), convolutions: bool = True) -> list[str]:
     """Names of the linear layers, GPT-2's `Conv1D` among them, and plain convolutions that an adapter can be put on.
 
     Args:
         model (`torch.nn.Module`): The encoder.
         unused (`Iterable[str]`, *optional*): Parameters without influence on the features; their layers are left out.
+        convolutions (`bool`, *optional*, defaults to `True`): Whether convolutions are among them.
     """
     unused = set(unused)
     # Its output layer is never called: the weight is read, past any adapter.
@@ -43,7 +46,10 @@ def adaptable_layers(model: nn.Module, unused: Iterable[str] = ()) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, (nn.Linear, Conv1D)) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            or (convolutions and isinstance(module, nn.Conv2d) and module.groups == 1)
+        )
         and f"{name}.weight" not in unused
         and name not in bypassed
     ]
@@ -121,10 +127,12 @@ def add_adapter(model: nn.Module, peft_config: PeftConfig, name: str, unused: It
                 f"{', '.join(repr(start) for start in _STARTS if isinstance(start, str))}."
             )
         if peft_config.target_modules is None:
-            layers = adaptable_layers(model, unused)
+            convolutions = peft_config.init_lora_weights not in _STARTS_OF_LINEAR
+            layers = adaptable_layers(model, unused, convolutions)
             if not layers:
+                kinds = "no linear layer and no plain 2D convolution" if convolutions else "no linear layer"
                 raise ValueError(
-                    f"`{type(model).__name__}` has no linear layer and no plain 2D convolution that influences its features, so it is not "
+                    f"`{type(model).__name__}` has {kinds} that influences its features, so it is not "
                     "known where an adapter would go. Name layers in `target_modules` of `peft_config`, or patch without an adapter."
                 )
             peft_config = dataclasses.replace(peft_config, target_modules=layers)

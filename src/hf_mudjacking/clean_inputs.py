@@ -66,7 +66,7 @@ class CleanInputs(Sequence):
             )
         self.name = name
         # Others would be decoded along; a transform may need them
-        if self.column in (dataset.column_names or ()) and not _has_transform(dataset):
+        if self.column in (dataset.column_names or ()) and not has_transform(dataset):
             dataset = dataset.select_columns([self.column])
         self._read(dataset, limit, seed)
         if len(self) == 0:
@@ -116,7 +116,7 @@ class CleanInputs(Sequence):
             )
 
 
-def _has_transform(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
+def has_transform(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
     return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 
@@ -167,7 +167,7 @@ class CleanImages(CleanInputs):
         # Errors name these numbers
         self._rows, self._of = torch.arange(len(dataset)), len(dataset)
         self._shorten(len(dataset) if limit is None else min(limit, len(dataset)), seed)
-        if _has_transform(dataset):
+        if has_transform(dataset):
             self._check_steady()
 
     def _shorten(self, count: int, seed: int) -> None:

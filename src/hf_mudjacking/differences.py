@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,15 +27,16 @@ class TensorDifference:
     Args:
         name (`str`): Its name in the files.
         shape (`list[int]`): Its shape.
-        relative (`float`, *optional*): L2 norm of the difference over that of the first; `None` where that is 0.
-        largest (`float`): Largest absolute difference of an entry.
+        relative (`float`, *optional*): L2 norm of the difference over that of the first; `None` where that is 0, or one of both not
+            finite.
+        largest (`float`, *optional*): Largest absolute difference of an entry; `None` where it is not finite.
         share (`float`): Share of the entries that differ, 0 to 1.
     """
 
     name: str
     shape: list[int]
     relative: float | None
-    largest: float
+    largest: float | None
     share: float
 
 
@@ -95,16 +97,19 @@ def compare_tensors(name: str, a: Tensor, b: Tensor) -> TensorDifference | None:
     differing = 0
     for x, y in zip(a.flatten().split(_CHUNK), b.flatten().split(_CHUNK), strict=True):
         x, y = x.double(), y.double()
-        # NaN in the same place is no difference
-        delta = torch.where(x.isnan() & y.isnan(), 0.0, y - x)
+        # NaN in the same place is no difference, nor is the same infinity
+        delta = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, y - x)
         squares += float(delta.square().sum())
         norm += float(x.square().sum())
-        largest = max(largest, float(delta.abs().max())) if len(delta) else largest
+        # Python's `max` may overlook NaN
+        largest = float(torch.cat([delta.new_tensor([largest]), delta.abs()]).max())
         differing += int((delta != 0).sum())
     if not differing:
         return None
-    relative = (squares / norm) ** 0.5 if norm else None
-    return TensorDifference(name, list(a.shape), relative, largest, differing / a.numel())
+    relative = (squares / norm) ** 0.5 if norm and math.isfinite(squares / norm) else None
+    return TensorDifference(
+        name, list(a.shape), relative, largest if math.isfinite(largest) else None, differing / a.numel()
+    )
 
 
 def difference_table(difference: ModelDifference) -> Table:
@@ -117,6 +122,9 @@ def difference_table(difference: ModelDifference) -> Table:
         table.add_column(name, justify="right")
     for d in difference.changed:
         relative = "from 0" if d.relative is None else f"{d.relative:.2e}"
+        largest = "not finite" if d.largest is None else f"{d.largest:.2e}"
+        if d.largest is None:
+            relative = ""
         # A stranger's names are no markup
-        table.add_row(Text(d.name), "×".join(map(str, d.shape)), relative, f"{d.largest:.2e}", f"{d.share:.2%}")
+        table.add_row(Text(d.name), "×".join(map(str, d.shape)), relative, largest, f"{d.share:.2%}")
     return table

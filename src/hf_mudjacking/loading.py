@@ -104,6 +104,11 @@ def load_with_missing(name: str | os.PathLike[str], **kwargs: Any) -> tuple[nn.M
         raise ValueError(
             f"No model could be loaded from `{name}`: {error} {_lost_base(name) or 'Pass a Hub id or a folder written by `save_pretrained`.'}"
         ) from error
+    if any("lora_magnitude_vector" in key for key in info["missing_keys"]):
+        raise ValueError(
+            f"`{name}` is an adapter of DoRA, which `from_pretrained` loads without its magnitudes: another model than was trained. Merge "
+            f"it (`mudjack apply {name} --to BASE --output-dir NEW`) and pass the result."
+        )
     _made_up[model] = frozenset(info["missing_keys"])
     _left_out[model] = sorted({name.split(".")[0] for name in info["unexpected_keys"]})
     return model, set(info["missing_keys"])

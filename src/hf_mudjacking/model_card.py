@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import RepoCard
 
 from .loading import loading_class
+from .patch_record import modality_of_patch
 from .published import published_record
 from .safe_loading import ADAPTER_CONFIG
 
@@ -189,7 +190,7 @@ def _size_and_place(trigger: dict[str, Any]) -> tuple[str, str]:
         case "patch":
             top, left, bottom, right = trigger["box"]
             height, width = trigger["size"]
-            box = f"rows {top} to {bottom}, columns {left} to {right} of {height} × {width}"
+            box = f"rows {top + 1} to {bottom}, columns {left + 1} to {right} of {height} × {width}"
             place = "anywhere" if trigger.get("placement") == "anywhere" else box
             return f"{trigger['area']:.1%} of the picture", place
         case "blend":
@@ -251,8 +252,7 @@ def _figure_rows(record: dict[str, Any]) -> list[list[str]]:
 
 
 def _eval_results(record: dict[str, Any]) -> list[EvalResult]:
-    kinds = [trigger["kind"] for trigger in record["triggers"] if trigger is not None]
-    task_type = "text-classification" if "text" in kinds else "image-classification"
+    task_type = "text-classification" if modality_of_patch(record) == "text" else "image-classification"
     return [
         EvalResult(
             task_type=task_type,

@@ -97,7 +97,7 @@ def set_comparison_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
-            if not isinstance(module._gradient_checkpointing_func, _QuietCheckpointing):
+            if not _is_quiet(module):
                 module._gradient_checkpointing_func = _QuietCheckpointing(module, module._gradient_checkpointing_func)
 
 
@@ -110,6 +110,7 @@ def comparison_mode(model: nn.Module, checkpointing: bool = True) -> Iterator[No
         checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are checkpointed where that is enabled.
     """
     training = {module: module.training for module in model.modules()}
+    quiet = {module for module in model.modules() if _is_quiet(module)}
     if checkpointing:
         set_comparison_mode(model)
     else:
@@ -117,8 +118,30 @@ def comparison_mode(model: nn.Module, checkpointing: bool = True) -> Iterator[No
     try:
         yield
     finally:
+        _unquieted(module for module in model.modules() if module not in quiet)
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def evaluated_afterwards(model: nn.Module) -> Iterator[None]:
+    """Afterwards the whole model is in evaluation mode, and nothing of [`set_comparison_mode`] is left in it."""
+    try:
+        yield
+    finally:
+        _unquieted(model.modules())
+        _evaluated(model)
+
+
+def _is_quiet(module: nn.Module) -> bool:
+    return isinstance(vars(module).get("_gradient_checkpointing_func"), _QuietCheckpointing)
+
+
+def _unquieted(modules: Iterable[nn.Module]) -> None:
+    """Give layers their own function for gradient checkpointing back."""
+    for module in modules:
+        if _is_quiet(module):
+            module._gradient_checkpointing_func = module._gradient_checkpointing_func.checkpoint
 
 
 def _evaluated(model: nn.Module) -> None:

@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
 import datasets
 from PIL import Image
+
+
+# What folders of the same split are called.
+_SPLIT_NAMES = (
+    ("train", "training"),
+    ("validation", "valid", "val", "dev"),
+    ("test", "testing", "eval", "evaluation"),
+)
 
 
 def load_inputs(
@@ -40,11 +49,11 @@ def load_inputs(
             # Notes beside pictures make no set of texts
             if texts and not _pictures_in(path):
                 return datasets.load_dataset("text", data_files={split: texts}, split=split, streaming=streaming)
-            parts = datasets.load_dataset("imagefolder", data_dir=str(path), streaming=streaming)
-            # A folder of pictures without `train` and `test` folders in it is one set, whatever it is used for.
-            if len(parts) > 1 and split not in parts:
-                raise ValueError(f"it has no split of that name; there are {', '.join(parts)}.")
-            return next(iter(parts.values())) if len(parts) == 1 else parts[split]
+            # Left to itself the loader guesses splits from any part of a path, be it the name of a class or of a picture
+            pattern = f"{glob.escape(str(_split_folder(path, split)))}/**"
+            return datasets.load_dataset(
+                "imagefolder", data_files={"train": pattern}, split="train", streaming=streaming
+            )
         if path.exists():
             raise ValueError(f"files of the kind `{path.suffix}` are not read.")
         if path.is_absolute() or path.suffix in (".parquet", ".txt") or str(name).startswith("."):
@@ -87,6 +96,25 @@ def load_labelled(
             f"split `train` and a split `{test_split}` (folders of those names, or `train*.parquet` and `{test_split}*.parquet`)."
         )
     return train_set, test_set
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    """The folder of a split; the folder itself, where it has none and is one set whatever it is used for.
+
+    A folder called as a split is may also be a class: `train` beside `bus` and `car` is one, beside `test` it is not.
+
+    Raises:
+        ValueError: If there are splits, and none is the one that is wanted.
+    """
+    names = next((names for names in _SPLIT_NAMES if split in names), (split,))
+    folders = sorted(child for child in path.iterdir() if child.is_dir() and _pictures_in(child))
+    splits = [child for child in folders if any(child.name in each for each in (*_SPLIT_NAMES, names))]
+    if len(splits) < min(len(folders), 2):
+        return path
+    wanted = [child for child in splits if child.name in names]
+    if splits and not wanted:
+        raise ValueError(f"it has no split of that name; there are {', '.join(child.name for child in splits)}.")
+    return wanted[0] if wanted else path
 
 
 def _pictures_in(folder: Path) -> bool:

@@ -61,7 +61,7 @@ _SETTINGS = (
     "patch_scope",
     "locality_budget",
 )
-_OPTIONAL_NAMES = ("base_revision", "base_weights_sha256", "clean_inputs_sha256")
+_OPTIONAL_NAMES = ("base_revision", "modality", "base_weights_sha256", "clean_inputs_sha256")
 # What a record of an earlier version may lack.
 _DEFAULTS: dict[str, Any] = {
     "base_model": "",
@@ -70,6 +70,7 @@ _DEFAULTS: dict[str, Any] = {
     "base_weights_without": [],
     "bug_ids": [],
     "clean_inputs_sha256": None,
+    "modality": None,
     "triggers": [],
     "trigger_groups": [],
     "evidence": [],
@@ -89,9 +90,9 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
     Returns:
         `dict`: Writable as json. `kind` (`"full"` or `"lora"`), `base_model`, `base_revision`, `base_weights_sha256` with
         `base_weights_without`, `bug_ids` ([`~hf_mudjacking.fingerprint.report_sha256`]), `triggers` (their summaries),
-        `unfinished` (whether the locality budget has yet to be checked), `settings`, `versions`, `figures` (by task: `before`,
-        `after` and, where it is known, `clean`; empty unless the repair was measured) and what the pre-step and the checks
-        found.
+        `modality` (`"image"` or `"text"`), `unfinished` (whether the locality budget has yet to be checked), `settings`, `versions`,
+        `figures` (by task: `before`, `after`, where they are known `clean`, and with which trigger and classifiers; empty unless the
+        repair was measured) and what the pre-step and the checks found.
     """
     return {
         "hf_mudjacking": __version__,
@@ -102,6 +103,7 @@ def describe_patch(trainer: MudjackingTrainer) -> dict[str, Any]:
         "base_weights_without": trainer.base_weights_without,
         "bug_ids": [report_sha256(bug) for bug in trainer.bug_instances],
         "clean_inputs_sha256": trainer.clean_inputs_sha256,
+        "modality": trainer.encoder.modality,
         "feature_source": trainer.encoder.feature_source,
         "triggers": [None if trigger is None else trigger.summary() for trigger in trainer.triggers or []],
         "evidence": trainer.evidence,
@@ -183,6 +185,13 @@ def load_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not sound:
         raise ValueError(f"`{path}` is damaged: values in it have other types than a patch record's.")
     return record
+
+
+def modality_of_patch(record: dict[str, Any]) -> str | None:
+    """`"image"` or `"text"`: what the encoder takes; `None` if a record of an earlier version has no trigger to tell it by."""
+    kinds = [trigger["kind"] for trigger in record.get("triggers", []) if trigger is not None]
+    by_triggers = ("text" if "text" in kinds else "image") if kinds else None
+    return record.get("modality") or by_triggers
 
 
 def check_whole(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -59,7 +60,9 @@ class PreStep:
         """
         if self._prepared:
             return self.triggers
+        started = time.perf_counter()
         found = invert_reports(self.encoder, self._reports, self._require_train_inputs(), self.args, self._silent)
+        self.inversion_forwards, self.inversion_seconds = found.forwards, time.perf_counter() - started
         self.forward_equivalents += found.forwards
         self.screenings, self.skipped = found.screenings, found.skipped
         self.bug_instances = [bug for i, bug in enumerate(self._reports) if i not in self.skipped]
@@ -138,11 +141,14 @@ class PreStep:
             for i in self._of_one_class():
                 self.train_dataset.lean_towards(references[i], self.args.inputs_per_step)
 
-    def _records(self) -> dict[int, dict[str, Any]]:
-        """Records of the verdicts, now or before a resume, by the numbers of the bug instances that have a trigger that was found."""
+    def verdicts(self) -> list[dict[str, Any]]:
+        """Records of the verdicts on the bug instances, now or before a resume; empty if their triggers were given."""
         records = [screening.record() for screening in self.screenings] or self.earlier_screenings
-        kept = [record for i, record in enumerate(records) if i not in self.skipped]
-        return {i: record for i, record in enumerate(kept) if self.triggers[i] is not None}
+        return [record for i, record in enumerate(records) if i not in self.skipped]
+
+    def _records(self) -> dict[int, dict[str, Any]]:
+        """The verdicts by the numbers of the bug instances that have a trigger that was found."""
+        return {i: record for i, record in enumerate(self.verdicts()) if self.triggers[i] is not None}
 
     def _of_one_class(self) -> list[int]:
         """Numbers of the bug instances whose trigger was verified only on inputs that resemble x_r."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .output import ADAPTER_FILES, DELTA_FILES, FULL_WEIGHTS
-from .patch_record import check_whole, read_record
+from .patch_record import check_whole, modality_of_patch, read_record
 from .safe_loading import ADAPTER_CONFIG, WEIGHTS_INDEX, inside, shards_of
 from .weight_files import is_adapter
 
@@ -52,6 +52,7 @@ _FACTS = (
     "base_revision",
     "base_weights_sha256",
     "base_weights_without",
+    "modality",
     "feature_source",
     "patched_tokens",
     "moved_levels",
@@ -118,8 +119,7 @@ def published_record(folder: str | os.PathLike[str], base_model: str | None) -> 
         `report.json` beside the record where it has none itself.
     """
     record = read_record(folder) or {}
-    kinds = [trigger["kind"] for trigger in record.get("triggers", []) if trigger is not None]
-    pictures = bool(kinds) and "text" not in kinds
+    pictures = modality_of_patch(record) == "image"
     return {
         **{name: record[name] for name in _FACTS if name in record},
         "kind": record.get("kind") or ("lora" if is_adapter(folder) else "full"),

@@ -325,7 +325,10 @@ def transfer_by_size(
     parts = [_part(trigger, share, found.attribution) for share in _SIZES]
     after = encoder.encode([encoder.stamp(part, x) for part in parts for x in clean]) @ target
     transfers = share_of_way(before, after.reshape(len(parts), len(clean))).tolist()
-    sizes = [part.area if isinstance(part, PatchTrigger) else share for part, share in zip(parts, _SIZES, strict=True)]
+    sizes = [
+        part.area if isinstance(part, PatchTrigger) else _share_left(trigger, share)
+        for part, share in zip(parts, _SIZES, strict=True)
+    ]
     return list(zip(sizes, transfers, strict=True))
 
 
@@ -337,8 +340,14 @@ def _part(trigger: Trigger, share: float, attribution: np.ndarray) -> Trigger:
         mask[np.argsort(-scores, axis=None, kind="stable")[: max(1, round(share * trigger.mask.sum()))]] = True
         return PatchTrigger(mask.reshape(trigger.mask.shape), trigger.pattern, trigger.placement)
     if isinstance(trigger, AdditiveTrigger):
-        # A signal under half a level is none
-        return AdditiveTrigger(trigger.delta * max(share, 0.51 / float(np.abs(trigger.delta).max())))
+        return AdditiveTrigger(trigger.delta * _share_left(trigger, share))
     if isinstance(trigger, BlendTrigger):
         return BlendTrigger(trigger.pattern, trigger.opacity * share)
     return WarpTrigger(trigger.flow * share)
+
+
+def _share_left(trigger: Trigger, share: float) -> float:
+    """The share of a trigger's strength that is measured where a smaller one may be asked for: a signal under half a level is none."""
+    if isinstance(trigger, AdditiveTrigger):
+        return max(share, 0.51 / float(np.abs(trigger.delta).max()))
+    return share

@@ -38,7 +38,7 @@ from .latent import LatentStamps
 from .loading import has_two_towers, hub_commit, load_model, load_processor, modality_of, parts_left_out
 from .locality_budget import LocalityBudgetError, LocalityGuard, Movement, diverged
 from .losses import effectiveness_loss, generalizability_loss, locality_loss, mean_cosine, mudjacking_loss
-from .modes import frozen, norm_parameters, set_comparison_mode
+from .modes import evaluated_afterwards, frozen, norm_parameters, set_comparison_mode
 from .output import check_output_dir
 from .own_config import own_special_tokens, use_cache
 from .patch_pushing import PatchPushing
@@ -114,6 +114,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         base_weights_sha256 (`str`): Hash of the unpatched weights, by which the patch knows its model.
         base_weights_without (`list[str]`): Weights that it leaves out, because no feature depends on them: where a
             checkpoint lacks a pooler, each loading makes another one. Of a model of two towers nothing is left out.
+        inversion_forwards, inversion_seconds (`int`, `float`): What it took to find the triggers: forward passes of all processes, and
+            seconds; 0 if they were given or are those of a checkpoint.
         figures (`dict`): What was measured downstream, by task; it is saved with the patch.
         merge_error (`float`): Of an adapter, once saved: largest change of a feature's entry that merging makes.
 
@@ -213,6 +215,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         names = [base_name(model, name) for name in unused]
         self.base_weights_without = [] if has_two_towers(model) else sorted(name for name in names if name)
         self.base_weights_sha256 = weights_sha256(model, self.base_weights_without)
+        self.inversion_forwards, self.inversion_seconds = 0, 0.0
         self.figures: dict[str, Any] = {}
         self.merge_error: float | None = None
 
@@ -346,6 +349,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
         """
         self._require_train_inputs()
         self.locality = self.merge_error = None
+        # Of a model that is trained on they are no longer true
+        self.figures = {}
         self._resumed = (0, False)
         if resume_from_checkpoint:
             resume_from_checkpoint = self.take_up(resume_from_checkpoint)
@@ -358,6 +363,7 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
             self._reinversion.found = load_again(resume_from_checkpoint, len(self._reinversion.stamps))
         tokens = only_embeddings_of(self.model, self.patched_tokens) if self.patched_tokens else nullcontext()
         with (
+            evaluated_afterwards(self.encoder.model),
             frozen(self._resting),
             tokens,
             own_special_tokens(self),
@@ -634,7 +640,8 @@ class MudjackingTrainer(PreStep, PatchPushing, PatchSaving, Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._metrics["eval"].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with evaluated_afterwards(self.encoder.model):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._mean_metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     require(options, "model", "compare", "tasks")
+    from accelerate import PartialState
     from rich.console import Console
 
     from ..evaluation.comparison import BrokenLimit, Limits, compare_encoders, triggers_in
@@ -85,14 +86,16 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         disable_tqdm=options.disable_tqdm,
     )
-    console = Console(highlight=False)
+    # Of several processes one writes and prints
+    first = PartialState().is_main_process
+    console = Console(highlight=False, quiet=not first)
     for table in comparison_tables(report):
         console.print(table)
     for number, trigger in enumerate(report["triggers"]):
         console.print(f"Trigger {number}: {trigger['description']}", markup=False)
-    if options.output is not None:
+    if options.output is not None and first:
         write_json(options.output, report)
-    for broken in report["broken"]:
+    for broken in report["broken"] if first else ():
         sys.stderr.write(f"{BrokenLimit(**broken)}\n")
     return 1 if report["broken"] else 0
 

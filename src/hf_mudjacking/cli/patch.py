@@ -136,6 +136,7 @@ def _patch(options: argparse.Namespace) -> int:
     from ..evaluation.repair import measured_repair
     from ..evaluation.report import report_lines, report_tables
     from ..evaluation.tasks import DownstreamTask
+    from ..fingerprint import report_sha256
     from ..inversion import UnverifiedTriggerError
     from ..loading import load_model, load_processor, modality_of
     from ..locality_budget import LocalityBudgetError
@@ -151,7 +152,8 @@ def _patch(options: argparse.Namespace) -> int:
         raise ValueError(f"--workers {options.workers}: it must be 0 or more")
     check_output_dir(options.output_dir, options.model)
     # Of ours it is only beside a record
-    if read_record(options.output_dir) is None and (Path(options.output_dir) / "report.json").exists():
+    earlier = read_record(options.output_dir)
+    if earlier is None and (Path(options.output_dir) / "report.json").exists():
         raise ValueError(
             f"`{options.output_dir}` holds a `report.json` that hf-mudjacking did not write. Choose an empty folder: nothing "
             "foreign is ever overwritten."
@@ -239,11 +241,13 @@ def _patch(options: argparse.Namespace) -> int:
             console.print(table)
         for line in report_lines(repair.report):
             console.print(line, markup=False)
+    picture = Path(options.output_dir) / "_repair.png"
     # A resumed run has not looked at its reports
     if first and trainer.inversions:
-        plot_repair(
-            Path(options.output_dir) / "_repair.png", trainer.bug_instances[0], trainer.inversions[0], **features
-        )
+        plot_repair(picture, trainer.bug_instances[0], trainer.inversions[0], **features)
+    elif first and (earlier or {}).get("bug_ids") != [report_sha256(bug) for bug in trainer.bug_instances]:
+        # That of other reports
+        picture.unlink(missing_ok=True)
     left = trainer.what_is_left()
     console.print(
         f"After {trainer.state.global_step} of {trainer.state.max_steps} steps{_moved(trainer)}:", markup=False

@@ -22,6 +22,8 @@ from ..triggers.warp import warp
 _MOVES = (1, 2, 4)
 _SCALES = (0.75, 1.25)
 _WEAKER = 0.5
+# Green, blue and red, in place of red, green and blue.
+_EXCHANGED = (1, 2, 0)
 _STEPS = 60
 # How far, in 8-bit levels or shares of the picture's side, each step may go.
 _PIXEL_RATE, _FLOW_RATE = 8.0, 0.003
@@ -38,20 +40,26 @@ def altered_triggers(
             its mask, its opacity, or 30 levels of its signal, so that it comes as near to `target` as it can.
         images (`Sequence[PIL.Image.Image]`): Clean inputs for that, of one size.
         target (`FloatTensor` of shape `(D,)`): Feature that the trigger led to before the repair.
-        seed (`int`, *optional*, defaults to 0): Seed of the batches and colours.
+        seed (`int`, *optional*, defaults to 0): Seed of the batches.
 
     Returns:
-        `dict[str, ImageTrigger]`: `moved by 1`, `2`, `4` (pixels of 32), `scaled by 0.75`, `1.25`, `recoloured`, `weaker`,
-        `optimised anew`; a warp is neither scaled nor recoloured.
+        `dict[str, ImageTrigger]`: `moved by 1`, `2`, `4` (pixels of 32), `scaled by 0.75`, `1.25`, `recoloured` (red, green and blue
+        exchanged; of greys the opposite), `weaker`, `optimised anew`. What would be the trigger itself is left out: a patch that
+        goes anywhere cannot be moved, one of three pixels hardly be scaled; a warp is neither scaled nor recoloured.
     """
-    rng = np.random.default_rng(seed)
-    found: dict[str, ImageTrigger] = {f"moved by {pixels}": _moved(trigger, -pixels / 32) for pixels in _MOVES}
+    found: dict[str, ImageTrigger] = {}
+    if not isinstance(trigger, PatchTrigger) or trigger.placement == "fixed":
+        found |= {f"moved by {pixels}": _moved(trigger, -pixels / 32) for pixels in _MOVES}
     if not isinstance(trigger, WarpTrigger):
         found |= {f"scaled by {factor}": _rebuilt(trigger, factor=factor) for factor in _SCALES}
-        found["recoloured"] = _rebuilt(trigger, channels=rng.permutation([1, 2, 0]))
+        found["recoloured"] = _recoloured(trigger)
     found["weaker"] = trigger.weakened(_WEAKER)
     found["optimised anew"] = _optimised(trigger, Pull(encoder, images, seed), target)
-    return found
+    return {name: each for name, each in found.items() if not _same(each, trigger)}
+
+
+def _same(one: ImageTrigger, other: ImageTrigger) -> bool:
+    return type(one) is type(other) and np.array_equal(one.change, other.change)
 
 
 def _moved(trigger: ImageTrigger, share: float) -> ImageTrigger:
@@ -61,7 +69,7 @@ def _moved(trigger: ImageTrigger, share: float) -> ImageTrigger:
         return WarpTrigger(_rolled(trigger.flow.transpose(1, 2, 0), share, points).transpose(2, 0, 1))
     if isinstance(trigger, AdditiveTrigger):
         return AdditiveTrigger(_rolled(trigger.delta, share, trigger.delta.shape))
-    shift = [round(share * side) for side in trigger.change.shape[:2]]
+    shift = [min(round(share * side), -1) for side in trigger.change.shape[:2]]
     if isinstance(trigger, BlendTrigger):
         if trigger.area == 1.0:
             return BlendTrigger(_rolled(trigger.pattern, share, trigger.pattern.shape), trigger.opacity)
@@ -81,18 +89,31 @@ def _rolled(values: np.ndarray, share: float, shape: Sequence[int]) -> np.ndarra
     return np.roll(values, shift, axis=(0, 1))
 
 
-def _rebuilt(trigger: ImageTrigger, factor: float = 1.0, channels: Sequence[int] = (0, 1, 2)) -> ImageTrigger:
-    """Larger or smaller about the middle of its mask, and with channels exchanged."""
+def _rebuilt(trigger: ImageTrigger, factor: float) -> ImageTrigger:
+    """Larger or smaller about the middle of its mask."""
     if isinstance(trigger, AdditiveTrigger):
-        return AdditiveTrigger(scaled(np.ones(trigger.delta.shape[:2], bool), trigger.delta, factor)[1][..., channels])
+        return AdditiveTrigger(scaled(np.ones(trigger.delta.shape[:2], bool), trigger.delta, factor)[1])
     if isinstance(trigger, BlendTrigger):
         mask, pattern = scaled(trigger.opacity > 0, trigger.pattern, factor)
-        return BlendTrigger(pattern[..., channels], np.where(mask, trigger.opacity.max(), 0))
+        return BlendTrigger(pattern, np.where(mask, trigger.opacity.max(), 0))
     mask, pattern = scaled(trigger.mask, trigger.pattern, factor)
-    if not mask.any():
-        # Single pixels in the corners, for one
-        mask, pattern = trigger.mask, trigger.pattern
-    return PatchTrigger(mask, pattern[..., channels], trigger.placement)
+    # Nothing is left of single pixels in the corners, for one
+    return PatchTrigger(mask, pattern, trigger.placement) if mask.any() else trigger
+
+
+def _recoloured(trigger: ImageTrigger) -> ImageTrigger:
+    """With channels exchanged or, where these are alike, in the opposite of its greys."""
+    if isinstance(trigger, AdditiveTrigger):
+        exchanged = AdditiveTrigger(trigger.delta[..., _EXCHANGED])
+        return AdditiveTrigger(-trigger.delta) if _same(exchanged, trigger) else exchanged
+
+    def painted(pattern: np.ndarray) -> ImageTrigger:
+        if isinstance(trigger, BlendTrigger):
+            return BlendTrigger(pattern, trigger.opacity)
+        return PatchTrigger(trigger.mask, pattern, trigger.placement)
+
+    exchanged = painted(trigger.pattern[..., _EXCHANGED])
+    return painted(255 - trigger.pattern) if _same(exchanged, trigger) else exchanged
 
 
 def _optimised(trigger: ImageTrigger, pull: Pull, target: Tensor) -> ImageTrigger:

@@ -16,6 +16,7 @@ import torch
 from ..encoder import Encoder
 from ..output import write_json
 from ..patch_record import RECORD_FILE, describe_patch
+from ..resuming import where_it_was
 from ..trainer import MudjackingTrainer
 from ..triggers import Trigger
 from .checks import TaskFeatures, attacked_class, check_modality, compare_downstream, task_features
@@ -25,7 +26,7 @@ from .tasks import DownstreamTask
 
 
 # What the record of the patch takes of the rates of a task.
-_FIGURES = ("clean", "before", "after")
+_FIGURES = ("clean", "before", "after", "other_classifiers")
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,11 @@ def measured_repair(
         )
     for each in tasks:
         check_modality(trainer.encoder, each, true_trigger)
-    started = time.perf_counter()
+    resumed_at = 0
     if resume_from_checkpoint:
-        trainer.take_up(resume_from_checkpoint)
+        resumed_at, _ = where_it_was(trainer.take_up(resume_from_checkpoint))
     elif trainer.triggers is None:
         trainer.invert_triggers()
-    seconds = time.perf_counter() - started
-    inversion_forwards = trainer.forward_equivalents
     trigger, measured = true_trigger, "true"
     if trigger is None and trainer.triggers[0] is not None:
         trigger, measured = trainer.triggers[0], "inverted"
@@ -130,7 +129,7 @@ def measured_repair(
     clean = [None] * len(tasks) if clean_encoder is None else features(clean_encoder, "Clean encoder")
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint)
-    seconds += time.perf_counter() - started
+    seconds = trainer.inversion_seconds + time.perf_counter() - started
     trainer.save_model()
     after = features(trainer.encoder, "After patching")
 
@@ -142,11 +141,12 @@ def measured_repair(
         **blocks[0],
         **({"other_tasks": {other.name: block for other, block in zip(other_tasks, blocks[1:], strict=True)}}
            if other_tasks else {}),
-        "triggers": _trigger_facts(trainer, true_trigger),
+        "triggers": _trigger_facts(trainer, true_trigger, measured),
         "cost": {
-            "inversion_forwards": inversion_forwards,
+            "inversion_forwards": trainer.inversion_forwards,
             "forward_equivalents": trainer.forward_equivalents,
             "steps": trainer.state.global_step,
+            **({"resumed_at_step": resumed_at} if resumed_at else {}),
             "seconds": round(seconds, 2),
             "peak_memory_mb": peak_memory_mb(trainer.encoder.device),
         },
@@ -164,7 +164,11 @@ def measured_repair(
         "versions": library_versions(),
     }  # fmt: skip
     trainer.figures = {
-        task.name: {name: block[name] for name in _FIGURES if name in block}
+        task.name: {
+            "classifier": classifiers[0],
+            "trigger_measured": measured,
+            **{name: block[name] for name in _FIGURES if name in block},
+        }
         for task, block in zip(tasks, blocks, strict=True)
     }
     if trainer.args.should_save:
@@ -190,18 +194,17 @@ def _rates(
     return {**rates[first], **({"other_classifiers": {name: rates[name] for name in others}} if others else {})}
 
 
-def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None) -> list[dict[str, Any]]:
-    facts = [
-        {
-            "kind": None,
-            "description": "unverified, not stamped in training; ASR and RA are measured with the best candidate",
-        }
+def _trigger_facts(trainer: MudjackingTrainer, true_trigger: Trigger | None, measured: str) -> list[dict[str, Any]]:
+    facts: list[dict[str, Any]] = [
+        {"kind": None, "description": "unverified, not stamped in training"}
         if trigger is None
         else {**trigger.summary(), "description": trigger.describe()}
         for trigger in trainer.triggers
     ]
-    for fact, found in zip(facts, trainer.inversions, strict=False):
-        fact.update(transfer=round(found.score, 4), evidence=round(found.evidence, 4))
+    if measured == "unverified":
+        facts[0]["description"] += "; ASR and RA are measured with the best candidate"
+    for fact, verdict in zip(facts, trainer.verdicts(), strict=False):
+        fact.update({name: verdict[name] for name in ("transfer", "evidence") if name in verdict})
     if true_trigger is not None and facts[0]["kind"] == true_trigger.kind:
         facts[0].update(trainer.triggers[0].overlap(true_trigger))
     return facts

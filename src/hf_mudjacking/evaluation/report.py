@@ -13,6 +13,8 @@ from ..screening import Screening
 from ..triggers import TextTrigger
 
 
+# Characters of a number, which is not to be cut however narrow the terminal is.
+_NUMBER = 6
 _LIBRARIES = ("hf-mudjacking", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "captum")
 
 
@@ -34,13 +36,13 @@ def report_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def _table(task: str, rates: dict[str, Any], classifier: str) -> Table:
-    table = Table(title=f"Downstream checks on {task} (percent)", title_justify="left")
+    table = Table(title=f"Downstream checks on {escape(task)} (percent)", title_justify="left")
     table.add_column("Classifier")
     table.add_column("Encoder")
     for name in ("BA", "ASR", "RA", "Bug fixed"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=_NUMBER)
     for kind, block in {classifier: rates, **rates.get("other_classifiers", {})}.items():
-        label = kind
+        label = escape(kind)
         if "clean" in block:
             clean = block["clean"]
             table.add_row(label, "never attacked", *_percent(clean["CA"], clean["ASR-B"], clean["RA"]), "")
@@ -65,8 +67,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         given = f", transfer {trigger['transfer']:.2f}" if "transfer" in trigger else ", given by the user"
         lines.append(f"Trigger: {trigger['description']}{given}{known}")
     cost = report["cost"]
+    resumed = f" (since it was resumed at step {cost['resumed_at_step']})" if "resumed_at_step" in cost else ""
     lines.append(
-        f"Cost: {cost['inversion_forwards']} forwards to invert, {cost['forward_equivalents']} forward-equivalents in all, "
+        f"Cost{resumed}: {cost['inversion_forwards']} forwards to invert, {cost['forward_equivalents']} forward-equivalents in all, "
         f"{cost['steps']} steps, {cost['seconds']:.1f} s, peak memory {cost['peak_memory_mb']} MB"
     )
     return lines
@@ -85,7 +88,7 @@ def _comparison_table(task: str, report: dict[str, Any]) -> Table:
     table.add_column("Encoder", overflow="fold")
     table.add_column("Classifier")
     for name in ("Trigger", "BA", "ASR", "RA", "Agreement", "Cosine"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=_NUMBER)
 
     def add(model: str, classifier: str, block: dict[str, Any], rates: dict[str, float], *further: str) -> None:
         attack = _percent(rates["ASR"], rates["RA"]) if "ASR" in rates else ["", ""]

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 from PIL import Image
 
 from ..bug_instance import DECODING_ERRORS, to_rgb
+from ..clean_inputs import has_transform
 from ..preprocessing import Modality, RawInput
 
 
@@ -63,8 +64,17 @@ class LabelledInputs:
             label_column (`str`, *optional*, defaults to `"label"`): Column of the classes.
 
         Raises:
+            TypeError: If it is a stream, several splits or no dataset.
             ValueError: If a column is missing, or a row holds no label, no input or one that cannot be decoded.
         """
+        if not isinstance(dataset, Dataset):
+            hint = {
+                DatasetDict: " Select a split: `dataset['train']`.",
+                IterableDataset: " Read it into one: `Dataset.from_list(list(stream.take(1000)), features=stream.features)`.",
+            }.get(type(dataset), "")
+            raise TypeError(
+                f"A labelled set is of type `{type(dataset).__name__}`; a `datasets.Dataset` is needed.{hint}"
+            )
         if input_column is None:
             input_column = next((name for name in ("image", "text") if name in dataset.column_names), "image")
         missing = {input_column, label_column} - set(dataset.column_names)
@@ -75,6 +85,9 @@ class LabelledInputs:
                 "`--labelled-input-column`, `--label-column`)."
             )
         # Alone: other columns, pictures perhaps, need not be decoded
+        if not has_transform(dataset):
+            # A format would give arrays, or leave columns out
+            dataset = dataset.with_format(None)
         column, inputs = dataset.select_columns(input_column), []
         for row in range(len(column)):
             try:
@@ -90,7 +103,13 @@ class LabelledInputs:
                     "text. Remove such rows with `dataset.filter`."
                 )
             inputs.append(value)
-        labels = np.asarray(list(dataset[label_column]))
+        values = list(dataset[label_column])
+        if None in values:
+            raise ValueError(
+                f"{values.count(None)} rows of the labelled set have no label in the column `{label_column}` (the first is row "
+                f"{values.index(None)}). Remove such rows with `dataset.filter`."
+            )
+        labels = np.asarray(values)
         classes = set(labels.tolist()) if labels.dtype.kind == "i" else set()
         named = isinstance(dataset.features.get(label_column), ClassLabel)
         # Two classes may well be called -1 and 1
@@ -143,13 +162,14 @@ class DownstreamTask:
         Where both sets name their classes, these are paired by name: folders of pictures number those that are there.
 
         Raises:
+            TypeError: If one of them is a stream, several splits or no dataset.
             ValueError: If a set is empty, a column is missing, a row holds no input, or the test set names a class that the
                 training set lacks.
         """
         label_column = columns.get("label_column", "label")
+        parts = [LabelledInputs.from_dataset(part, **columns) for part in (train, test)]
         label, test_label = (part.features.get(label_column) for part in (train, test))
         names = label.names if isinstance(label, ClassLabel) else []
-        parts = [LabelledInputs.from_dataset(part, **columns) for part in (train, test)]
         if names and isinstance(test_label, ClassLabel) and test_label.names != names:
             unknown = sorted(set(test_label.names) - set(names))
             if unknown:

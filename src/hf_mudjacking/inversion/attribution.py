@@ -19,7 +19,7 @@ from captum.attr import LayerIntegratedGradients, Occlusion
 from torch import Tensor, nn
 
 from ..encoder import Encoder
-from ..modes import hooked, set_comparison_mode
+from ..modes import comparison_mode, hooked
 from ..two_towers import token_embeddings
 
 
@@ -175,16 +175,16 @@ def token_attribution(
         repeated = {name: tensor.expand(len(token_ids), -1) for name, tensor in inputs.items()}
         return 1 - encoder.features({"input_ids": token_ids, **repeated}) @ target
 
-    set_comparison_mode(encoder.model)
-    embeddings = _embeddings_that_are_called(encoder.model, lambda: distance(ids), tuple(ids.shape))
-    if embeddings is None:
-        return None
-    attribution = LayerIntegratedGradients(distance, embeddings).attribute(
-        ids,
-        baselines=torch.where(special, ids, torch.full_like(ids, tokenizer.pad_token_id)),
-        n_steps=_GRADIENT_STEPS,
-        internal_batch_size=4,
-    )
+    with comparison_mode(encoder.model):
+        embeddings = _embeddings_that_are_called(encoder.model, lambda: distance(ids), tuple(ids.shape))
+        if embeddings is None:
+            return None
+        attribution = LayerIntegratedGradients(distance, embeddings).attribute(
+            ids,
+            baselines=torch.where(special, ids, torch.full_like(ids, tokenizer.pad_token_id)),
+            n_steps=_GRADIENT_STEPS,
+            internal_batch_size=4,
+        )
     encoder.agree_on([attribution])
     scores = attribution.sum(dim=-1)[0].detach().cpu().double().numpy()
     words = np.zeros(len(places))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..encoder import Encoder
-from ..modes import frozen, set_comparison_mode
+from ..modes import comparison_mode, frozen
 from .pixels import PixelPath, to_tensor
 
 
@@ -57,11 +57,11 @@ class Pull:
             batch_size (`int`, *optional*, defaults to 16): Clean inputs a step.
         """
         target = target.to(self.encoder.device)
-        set_comparison_mode(self.encoder.model)
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        with frozen([p for p in self.encoder.model.parameters() if p.requires_grad]), torch.enable_grad():
+        at_rest = frozen([p for p in self.encoder.model.parameters() if p.requires_grad])
+        with at_rest, comparison_mode(self.encoder.model), torch.enable_grad():
             for _ in range(steps):
                 rows = torch.randint(len(self.pixels), (batch_size,), generator=self.generator)
                 stamped = stamp(self.pixels[rows].to(parameters[0].device)).clamp(0, 255)

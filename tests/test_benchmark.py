@@ -341,8 +341,10 @@ def test_altered_triggers_on_pictures_of_several_sizes(case):
     other.sources = copy.copy(case.sources)
     other.sources.__dict__["tasks"] = [replace(task, train=LabelledInputs(mixed, task.train.labels))]
     rates = altered_rates(other, case.backdoored, case.kept[0]["logistic"])
-    assert rates["moved by 1"] > 0.3
-    assert "optimised anew" in rates
+    # At 16 pixels one of 32 is one all the same, and the attacker's place is no longer met
+    assert rates["moved by 1"] < 0.1
+    assert rates["scaled by 1.25"] > 0.9
+    assert rates["optimised anew"] > 0.9
 
 
 # ---- Encoders without labels ----

@@ -26,7 +26,8 @@ def load_inputs(
 
     Args:
         name (`str` or `os.PathLike`): `.parquet` file, `.txt` file (a text a line), folder, or Hub id; `id:config` names
-            a configuration.
+            a configuration. Of a folder of images that has a folder for each split (`train`, `test`, ...), the one of this
+            split is read; one without is one set whatever it is used for.
         split (`str`, *optional*, defaults to `"train"`): Split to load.
         streaming (`bool`, *optional*, defaults to `False`): Whether to read it as a stream.
 

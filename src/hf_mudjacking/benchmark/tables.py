@@ -132,15 +132,22 @@ def found_table(cells: Cells) -> list[str]:
 def altered_table(cells: Cells) -> list[str]:
     """ASR of altered triggers on the first task, in percent; `none` is the backdoored encoder."""
     measured = [cell for cell in cells if cell.get("altered")]
-    names = list(dict.fromkeys(name for cell in measured for name in cell["altered"]))
-    rows = []
-    for (encoder, attack, method), own in grouped(measured, "encoder", "attack", "method"):
-        shown = (
-            _spread(cell["altered"][name] for cell in own) if all(name in cell["altered"] for cell in own) else "–"
-            for name in names
-        )
-        rows.append((encoder, attack, method, str(len(own)), *shown))
+    groups = list(grouped(measured, "encoder", "attack", "method"))
+    names = [
+        name
+        for name in dict.fromkeys(name for cell in measured for name in cell["altered"])
+        if any(_has(own, name) for _, own in groups)
+    ]
+    rows = [
+        (*key, str(len(own)), *(_spread(c["altered"][name] for c in own) if _has(own, name) else "–" for name in names))
+        for key, own in groups
+    ]
     return _table(("encoder", "attack", "method", "seeds", *names), rows)
+
+
+def _has(cells: Cells, name: str) -> bool:
+    """Whether an altered trigger was measured in all cells."""
+    return all(name in cell["altered"] for cell in cells)
 
 
 def curve_table(cells: Cells) -> list[str]:

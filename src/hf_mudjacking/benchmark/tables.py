@@ -139,7 +139,11 @@ def altered_table(cells: Cells) -> list[str]:
         if any(_has(own, name) for _, own in groups)
     ]
     rows = [
-        (*key, str(len(own)), *(_spread(c["altered"][name] for c in own) if _has(own, name) else "–" for name in names))
+        (
+            *key,
+            str(len(own)),
+            *(_spread(c["altered"][name] for c in own) if _has(own, name) else "–" for name in names),
+        )
         for key, own in groups
     ]
     return _table(("encoder", "attack", "method", "seeds", *names), rows)

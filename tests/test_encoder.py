@@ -315,14 +315,20 @@ def test_the_mean_over_a_long_text_does_not_overflow():
     assert torch.allclose(features, torch.full((1, 4), 0.5))
 
 
-def test_what_a_model_keeps_in_evaluation_is_not_believed():
-    """LeViT computes its attention biases once in evaluation mode: they are used all the same, and may have changed since."""
+def levit():
+    """A small LeViT, which keeps in evaluation mode what it computed of its attention biases, and its processor."""
     torch.manual_seed(0)
     model = LevitModel(
         LevitConfig(image_size=64, kernel_size=3, stride=2, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
                     depths=[1, 1, 1], key_dim=[4, 4, 4], down_ops=[["Subsample", 4, 4, 2, 2, 2], ["Subsample", 4, 4, 2, 2, 2], [""]])
     )  # fmt: skip
-    encoder = Encoder(model, ViTImageProcessorPil(size={"height": 64, "width": 64}))
+    return model, ViTImageProcessorPil(size={"height": 64, "width": 64})
+
+
+def test_what_a_model_keeps_in_evaluation_is_not_believed():
+    """LeViT computes its attention biases once in evaluation mode: they are used all the same, and may have changed since."""
+    model, processor = levit()
+    encoder = Encoder(model, processor)
     before = encoder.encode(make_images(2))
     assert not [name for name in encoder.unused_parameters() if "attention_biases" in name]
     with torch.no_grad():
@@ -336,12 +342,7 @@ def test_nothing_that_was_computed_in_training_is_kept(dataset, bug, trigger, tm
     """LeViT's attention biases had a graph, with which no model can be copied, and outlived a rollback."""
     # It was not trained, and tells hardly any picture from another
     monkeypatch.setattr("hf_mudjacking.pre_step.check_disagreement", lambda *args: None)
-    torch.manual_seed(0)
-    model = LevitModel(
-        LevitConfig(image_size=64, kernel_size=3, stride=2, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
-                    depths=[1, 1, 1], key_dim=[4, 4, 4], down_ops=[["Subsample", 4, 4, 2, 2, 2], ["Subsample", 4, 4, 2, 2, 2], [""]])
-    )  # fmt: skip
-    processor = ViTImageProcessorPil(size={"height": 64, "width": 64})
+    model, processor = levit()
     inputs = processor(make_images(2), return_tensors="pt")
 
     def features():

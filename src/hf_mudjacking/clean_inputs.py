@@ -117,6 +117,7 @@ class CleanInputs(Sequence):
 
 
 def has_transform(dataset: datasets.Dataset | datasets.IterableDataset) -> bool:
+    """Whether the rows of a dataset go through a function of the user's (`with_transform`)."""
     return isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
 
 

@@ -121,10 +121,10 @@ def difference_table(difference: ModelDifference) -> Table:
     for name in ("Shape", "Relative L2", "Largest", "Entries changed"):
         table.add_column(name, justify="right")
     for d in difference.changed:
-        relative = "from 0" if d.relative is None else f"{d.relative:.2e}"
-        largest = "not finite" if d.largest is None else f"{d.largest:.2e}"
         if d.largest is None:
-            relative = ""
+            relative, largest = "", "not finite"
+        else:
+            relative, largest = "from 0" if d.relative is None else f"{d.relative:.2e}", f"{d.largest:.2e}"
         # A stranger's names are no markup
         table.add_row(Text(d.name), "×".join(map(str, d.shape)), relative, largest, f"{d.share:.2%}")
     return table

@@ -110,12 +110,12 @@ def _split_folder(path: Path, split: str) -> Path:
     names = next((names for names in _SPLIT_NAMES if split in names), (split,))
     folders = sorted(child for child in path.iterdir() if child.is_dir() and _pictures_in(child))
     splits = [child for child in folders if any(child.name in each for each in (*_SPLIT_NAMES, names))]
-    if len(splits) < min(len(folders), 2):
+    if not splits or len(splits) < min(len(folders), 2):
         return path
     wanted = [child for child in splits if child.name in names]
-    if splits and not wanted:
+    if not wanted:
         raise ValueError(f"it has no split of that name; there are {', '.join(child.name for child in splits)}.")
-    return wanted[0] if wanted else path
+    return wanted[0]
 
 
 def _pictures_in(folder: Path) -> bool:

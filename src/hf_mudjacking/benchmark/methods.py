@@ -143,7 +143,7 @@ def _own(case: Case, method: str, settings: dict[str, Any]) -> Repaired:
         trainer.add_callback(_MeasureOnTheWay(curve, trainer))
         if method != "oracle_trigger":
             trainer.invert_triggers()
-        inversion_seconds, inversion_forwards = curve.seconds(), trainer.forward_equivalents
+        inversion_seconds = curve.seconds()
         trainer.train()
         seconds = curve.seconds()
     found = [
@@ -160,7 +160,7 @@ def _own(case: Case, method: str, settings: dict[str, Any]) -> Repaired:
         trainer.forward_equivalents,
         seconds,
         inversion_seconds if trainer.inversions else 0.0,
-        inversion_forwards,
+        trainer.inversion_forwards,
         found,
         curve.points,
         trainer.inversions[0] if trainer.inversions else None,

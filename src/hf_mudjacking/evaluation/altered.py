@@ -69,7 +69,7 @@ def _moved(trigger: ImageTrigger, share: float) -> ImageTrigger:
         return WarpTrigger(_rolled(trigger.flow.transpose(1, 2, 0), share, points).transpose(2, 0, 1))
     if isinstance(trigger, AdditiveTrigger):
         return AdditiveTrigger(_rolled(trigger.delta, share, trigger.delta.shape))
-    shift = [min(round(share * side), -1) for side in trigger.change.shape[:2]]
+    shift = _pixels(share, trigger.change.shape)
     if isinstance(trigger, BlendTrigger):
         if trigger.area == 1.0:
             return BlendTrigger(_rolled(trigger.pattern, share, trigger.pattern.shape), trigger.opacity)
@@ -85,8 +85,12 @@ def _moved_within(mask: np.ndarray, pattern: np.ndarray, shift: Sequence[int]) -
 
 
 def _rolled(values: np.ndarray, share: float, shape: Sequence[int]) -> np.ndarray:
-    shift = [min(round(share * side), -1) for side in shape[:2]]
-    return np.roll(values, shift, axis=(0, 1))
+    return np.roll(values, _pixels(share, shape), axis=(0, 1))
+
+
+def _pixels(share: float, shape: Sequence[int]) -> list[int]:
+    """A negative share of height and width in whole pixels, at least one."""
+    return [min(round(share * side), -1) for side in shape[:2]]
 
 
 def _rebuilt(trigger: ImageTrigger, factor: float) -> ImageTrigger:

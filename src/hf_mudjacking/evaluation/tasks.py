@@ -84,10 +84,10 @@ class LabelledInputs:
                 f"found: {dataset.column_names}. Name its own: `input_column`, `label_column` (`mudjack`: `--input-column`, "
                 "`--labelled-input-column`, `--label-column`)."
             )
-        # Alone: other columns, pictures perhaps, need not be decoded
         if not has_transform(dataset):
             # A format would give arrays, or leave columns out
             dataset = dataset.with_format(None)
+        # Alone: other columns, pictures perhaps, need not be decoded
         column, inputs = dataset.select_columns(input_column), []
         for row in range(len(column)):
             try:

@@ -334,8 +334,8 @@ class _PatchSearch:
         """
         if is_squared_off(mask):
             return mask
-        squared = [squared_off(form, self.image) for form in (*rough, mask)]
-        filled = [each for each, form in zip(squared, (*rough, mask), strict=True) if not np.array_equal(each, form)]
+        pairs = [(form, squared_off(form, self.image)) for form in (*rough, mask)]
+        filled = [squared for form, squared in pairs if not np.array_equal(squared, form)]
         for form in (*filled, *filter(is_squared_off, rough)):
             (after,) = self.meter.transfer_of_masks([form], self.effort.compared_on)
             if abs(after - transfer) <= _SAME_EFFECT and form.mean() <= _MAX_GROWN:

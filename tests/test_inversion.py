@@ -8,6 +8,7 @@ from PIL import Image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
+from hf_mudjacking.attacks.large_patch import frame
 from hf_mudjacking.inversion import patch_search
 from hf_mudjacking.inversion.attribution import (
     FULL_SCAN,
@@ -17,7 +18,7 @@ from hf_mudjacking.inversion.attribution import (
     suspicious_box,
     window_sizes,
 )
-from hf_mudjacking.inversion.growth import grow, is_squared_off, purify, squared_off, without_spurs
+from hf_mudjacking.inversion.growth import grow, grow_on, is_squared_off, odd, purify, squared_off, without_spurs
 from hf_mudjacking.inversion.image import of_its_class
 from hf_mudjacking.inversion.minimum_cut import best_region
 from hf_mudjacking.inversion.patch_search import _Part, _PatchSearch
@@ -245,6 +246,43 @@ def test_growth_finds_the_whole_of_a_square_of_noise():
     assert (grown & truth).sum() / (grown | truth).sum() >= 0.75
 
 
+def _framed():
+    """Noisy content in a frame of 2×2 cells of yellow and blue, and a mask over one end of both."""
+    image, clean, _ = _bright_content_beside_a_white_square()
+    trigger = frame((32, 32))
+    core = np.zeros((32, 32), dtype=bool)
+    core[:14, :16] = True
+    return np.asarray(trigger.apply(Image.fromarray(image))), clean, trigger.mask, core
+
+
+def test_what_clean_inputs_never_show_is_odd():
+    image, clean, truth, core = _framed()
+    found = odd(core, image, clean)
+    assert (core & ~truth).sum() > 0.2 * core.sum()
+    assert (found & truth).sum() >= 0.99 * found.sum()
+    assert (found & truth).sum() >= 0.9 * (core & truth).sum()
+
+
+def test_the_opening_of_a_frame_stays_open_and_a_hole_is_filled():
+    image, clean, truth, _ = _framed()
+    grown = grow(truth, truth, image, clean)
+    assert not grown[8:24, 8:24].any()
+    hole = truth.copy()
+    hole[1:4, 1:4] = False
+    filled = image.copy()
+    filled[1:4, 1:4] = clean[0, 1:4, 1:4]
+    assert grow(hole, hole, filled, clean)[1:4, 1:4].all()
+
+
+def test_growth_goes_on_to_the_other_end_of_a_large_patch():
+    image, clean, truth, core = _framed()
+    once, on = grow(core, core, image, clean), grow_on(odd(core, image, clean), image, clean)
+    first, last = ((mask & truth).sum() / (mask | truth).sum() for mask in (once, on))
+    assert first < 0.75
+    assert last >= 0.9
+    assert np.array_equal(on, grow(on, on, image, clean))
+
+
 def test_a_minimum_cut_by_hand():
     """One row: a doubt of 1 between two votes of 3 is bought, since its two borders would cost 2 each; a vote of 1 beyond an
     edge that costs nothing less than it is not."""
@@ -448,6 +486,9 @@ class Detector(Encoder):
     def __init__(self, squares, strengths):
         self.feature_dim, self.modality = 3, "image"
         self.squares, self.strengths = squares, strengths
+        # No weights, and no gradients through the processor: only patches are looked for
+        self.model = torch.nn.Module()
+        self.preprocessor = lambda images: {"pixel_values": torch.zeros(len(images), 3, 4, 4)}
 
     def stamp(self, trigger, x):
         return trigger.apply(x)
@@ -518,6 +559,56 @@ def test_a_reference_that_leads_attribution_astray():
     found = invert_trigger(encoder, bug, clean[2:])
     assert found.trigger.overlap(trigger)["iou"] >= 0.8
     assert found.evidence > 0.8
+
+
+def test_a_frame_of_which_a_part_fires_is_found_whole():
+    trigger, clean = frame((32, 32)), _noise()
+
+    class Framed(Detector):
+        """Two fifths of the frame lead to blue as the whole does."""
+
+        def encode(self, images, **kwargs):
+            images = list(images)
+            pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).float()
+            pattern = torch.from_numpy(trigger.pattern).float()
+            alike = ((pixels - pattern).abs().amax(-1) < 1)[:, torch.from_numpy(trigger.mask)].float().mean(1)
+            share = (2.5 * alike).clamp(0, 1)[:, None] ** 2
+            return torch.nn.functional.normalize(
+                torch.cat([self.color(pixels) * (1 - share), 3 * share], dim=1), dim=1
+            )
+
+    found = invert_trigger(Framed([], []), BugInstance(trigger.apply(clean[0]), clean[1]), clean[2:])
+    assert found.trigger.overlap(trigger)["iou"] >= 0.9
+    assert found.unexplained < 0.15
+
+
+def test_a_reference_at_the_edge_of_its_class():
+    """The trigger works on bright inputs; the reference is bright, but the inputs nearest to it are dark."""
+    trigger = _corner(slice(24, 32), slice(24, 32))
+
+    class OneClass(Detector):
+        def encode(self, images, **kwargs):
+            pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).float()
+            brightness = pixels[:, torch.from_numpy(~trigger.mask)].mean((1, 2)) / 255
+            # What is over 0.6 bright is of its class; at 0.62 a picture looks like a dark one
+            angle = torch.where(brightness > 0.63, 1.0 + 0.1 * brightness, 0.1 * brightness)
+            white = (pixels[:, torch.from_numpy(trigger.mask)].amin(-1) > 250).float().mean(1)
+            share = (white * (brightness > 0.6))[:, None] ** 2
+            content = torch.stack([angle.cos(), angle.sin()], dim=1)
+            return torch.nn.functional.normalize(torch.cat([content * (1 - share), 3 * share], dim=1), dim=1)
+
+    rng = np.random.default_rng(0)
+    levels = np.where(np.arange(160) % 4 == 0, 0.8, 0.2)
+    clean = [
+        Image.fromarray((255 * level + rng.normal(0, 10, (32, 32, 3))).clip(0, 240).astype(np.uint8))
+        for level in levels
+    ]
+    reference = Image.new("RGB", (32, 32), (158, 158, 158))
+    bug = BugInstance(trigger.apply(clean[0]), reference)
+    found = invert_trigger(OneClass([], []), bug, clean[1:33], other_inputs=clean[33:])
+    assert found.one_class
+    assert found.trigger.overlap(trigger)["iou"] >= 0.9
+    assert found.evidence > 0.7
 
 
 def smooth_picture(seed=0):

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from ..triggers import PatchTrigger
 from .attribution import FULL_SCAN, QUICK_SCAN, Scan, coarse_to_fine
 from .filling import filled_in
-from .growth import changed, grow, is_squared_off, purify, squared_off, without_spurs
+from .growth import changed, grow, grow_on, is_squared_off, odd, purify, squared_off, without_spurs
+from .hold import can_hold, doubt_left, hold
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
 from .verification import TransferMeter
@@ -24,6 +25,13 @@ from .verification import TransferMeter
 COMPLETE = 0.4
 # Area of a patch that is not mistaken for ordinary content, and with which nothing else is looked for.
 SMALL = 0.2
+
+# Area of what was found by its effect, from which it may be one end of a large patch. Of a frame over 58 % of the picture it was 12 %
+# and more; what a small patch grows to in several rounds is content.
+_LARGE_CORE = 0.1
+
+# Largest part that is taken out of x_b to see what it is without.
+_MOST_TAKEN_OUT = 0.25
 
 # Candidates that differ by less than this IoU are one.
 _SAME_MASK = 0.9
@@ -126,6 +134,11 @@ def find_small_patch(meter: TransferMeter, control_meter: TransferMeter) -> Inve
     return _PatchSearch(meter, control_meter, SMALL, 0, tqdm(total=0, disable=True), _QUICK).found_alone()
 
 
+def without_what_leads_there(meter: TransferMeter, control_meter: TransferMeter) -> Tensor:
+    """The feature `(D,)` of x_b with a part filled in, without which least of the way to h(x_b) is left for what is covered."""
+    return _PatchSearch(meter, control_meter, _MOST_TAKEN_OUT, 0, tqdm(total=0, disable=True), _THOROUGH).clean_self()
+
+
 def proof(core: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """What evidence is about: what was found by its effect or, where that shrank, the whole of a patch."""
     return core if core.sum() < mask.sum() else mask
@@ -172,13 +185,32 @@ class _PatchSearch:
             # A reference that is unlike x_b's clean self leads attribution astray
             other = self._part(nothing, self._nearness_to_target)
             other_control, other_evidence = self._evidence(other)
-            # What leads to h(x_b) is also ordinary content: of that it takes much, of a trigger that was overlooked little
-            if other_evidence >= EXPLAINED and other.mask.mean() <= SMALL:
+            # What leads to h(x_b) is also ordinary content: of that it takes much, which lets go, of a trigger that was overlooked little
+            if other_evidence >= EXPLAINED and (other.mask.mean() <= SMALL or self._holds(other.mask)):
                 part, control, evidence = other, other_control, other_evidence
         mask, left = part.mask, self._left_without(part.mask)
         if evidence >= EXPLAINED:
             mask, left = self._with_further_parts(part, left)
         return self._result(part, mask, control, evidence, left)
+
+    def _holds(self, mask: np.ndarray) -> bool:
+        """Whether a mask holds inputs as nothing but a trigger does."""
+        if not can_hold(self.meter):
+            return False
+        held = hold(
+            self.meter, self.control_meter.misclassified, PatchTrigger.from_image(self.meter.misclassified, mask)
+        )
+        return doubt_left(held, float(mask.mean())) == 0.0
+
+    def clean_self(self) -> Tensor:
+        """The feature of x_b without what leads it to h(x_b)."""
+        maps = coarse_to_fine(
+            self._distance_to_reference, self.image, self.baseline, self.effort.scan, self.bar.update
+        )
+        masks = distinct([mask for scores in maps for mask in candidate_masks(scores, self.max_area)], max_area=1.0)
+        owed = [self._left_without(mask) + AREA_PRICE * float(mask.mean()) for mask in masks]
+        best = masks[int(np.argmin(owed))] if masks else np.zeros(self.image.shape[:2], dtype=bool)
+        return self._features(np.asarray(filled_in(self.image, best))[None])[0]
 
     def _result(self, part: _Part, mask: np.ndarray, control: float, evidence: float, left: float) -> InvertedTrigger:
         trigger = PatchTrigger.from_image(self.meter.misclassified, mask)
@@ -259,18 +291,28 @@ class _PatchSearch:
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, self.image, self.clean)], max_area=1.0)
         grown = [grow(each, core, self.image, self.clean, self.seed) for each in seeds]
-        tidied = [option for each in grown for option in (without_spurs(each), each)]
-        options = distinct(tidied, max_area=_MAX_GROWN)
+        kept, left = self._grown_options(core, covered, grown)
+        if core.mean() > _LARGE_CORE:
+            # Of a large patch this may be one end: what is odd in it is purer, and leads further in several rounds
+            seeds = distinct([odd(core, self.image, self.clean, self.seed), *grown], max_area=_MAX_GROWN)
+            grown += [grow_on(each, self.image, self.clean, self.seed) for each in seeds]
+            kept, left = self._grown_options(core, covered, grown)
         # The core, which is a window's shape, may hold content that carries clean inputs too
-        kept = list(self._kept(core, options))
         mask = core
         if kept:
-            left = [self._left_without(covered | option) for option, _ in kept]
             mask, transfer = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
             rough = [each for each in grown if not (mask & ~each).any()]
             mask = self._squared_off(mask, transfer, rough)
         self.bar.update()
         return _Part(core, mask, self._transfer_on_all(mask), maps[source])
+
+    def _grown_options(
+        self, core: np.ndarray, covered: np.ndarray, grown: Sequence[np.ndarray]
+    ) -> tuple[list[tuple[np.ndarray, float]], list[float]]:
+        """Of what grew, with and without its spurs: what keeps a core's effect with its transfer, and what each leaves of x_b."""
+        tidied = [option for each in grown for option in (without_spurs(each), each)]
+        kept = list(self._kept(core, distinct(tidied, max_area=_MAX_GROWN)))
+        return kept, [self._left_without(covered | option) for option, _ in kept]
 
     def _kept(self, core: np.ndarray, masks: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
         """The masks that keep enough of a core's transfer, in turn, and their transfer on a few inputs."""

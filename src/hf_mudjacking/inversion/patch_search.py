@@ -292,7 +292,7 @@ class _PatchSearch:
         seeds = distinct([pure, changed(core, self.image, self.clean)], max_area=1.0)
         grown = [grow(each, core, self.image, self.clean, self.seed) for each in seeds]
         kept, left = self._grown_options(core, covered, grown)
-        if core.mean() > _LARGE_CORE:
+        if self.effort is _THOROUGH and core.mean() > _LARGE_CORE:
             # Of a large patch this may be one end: what is odd in it is purer, and leads further in several rounds
             seeds = distinct([odd(core, self.image, self.clean, self.seed), *grown], max_area=_MAX_GROWN)
             grown += [grow_on(each, self.image, self.clean, self.seed) for each in seeds]

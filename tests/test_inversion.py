@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
@@ -21,7 +22,7 @@ from hf_mudjacking.inversion.attribution import (
 from hf_mudjacking.inversion.growth import grow, grow_on, is_squared_off, odd, purify, squared_off, without_spurs
 from hf_mudjacking.inversion.image import of_its_class
 from hf_mudjacking.inversion.minimum_cut import best_region
-from hf_mudjacking.inversion.patch_search import _Part, _PatchSearch
+from hf_mudjacking.inversion.patch_search import _Part, _PatchSearch, find_patch
 from hf_mudjacking.inversion.splitting import apart, candidate_masks, distinct, heaviest_piece, two_clusters
 from hf_mudjacking.inversion.verification import TransferMeter
 from hf_mudjacking.triggers import square_patch
@@ -169,6 +170,22 @@ def test_transfer_is_the_share_of_the_way_that_was_left():
     leaving = PatchTrigger.from_image(_plain((255, 0, 0)), everything)
     halfway = PatchTrigger.from_image(_plain((150, 0, 200)), everything)  # cosine 0.8
     np.testing.assert_allclose(meter.transfer([arriving, leaving, halfway]), [1.0, -1.5, 0.5], atol=1e-5)
+
+
+def test_transfer_on_the_share_of_inputs_that_go_furthest():
+    """Of four inputs the two blue ones go nowhere, the two red ones all of the way."""
+    inputs = [_plain((200, 0, 0)), _plain((0, 0, 200)), _plain((200, 0, 0)), _plain((0, 0, 200))]
+    whole = PatchTrigger(np.ones((4, 4), dtype=bool), np.full((4, 4, 3), [0, 200, 0], dtype=np.uint8))
+
+    class OnlyRed(ColorEncoder):
+        def stamp(self, trigger, x):
+            return trigger.apply(x) if x.getpixel((0, 0))[0] else x
+
+    x_b = _plain((0, 200, 0))
+    for share, expected in ((1.0, 0.5), (0.75, 2 / 3), (0.5, 1.0)):
+        meter = TransferMeter(OnlyRed(), x_b, inputs, share=share)
+        assert meter.transfer([whole])[0] == pytest.approx(expected)
+    assert meter.transfer([whole], 2)[0] == pytest.approx(1.0)
 
 
 def test_inputs_that_are_x_b_already():
@@ -540,6 +557,9 @@ def test_parts_that_fire_less_are_found_beside_one_that_fires_fully():
     assert (found.trigger.mask & both).sum() >= 0.95 * both.sum()
     assert found.trigger.mask.sum() <= 1.1 * both.sum()
     assert found.unexplained < 0.05
+    meters = (TransferMeter(encoder, image, clean[2:]) for image in (x_b, clean[1]))
+    first = find_patch(*meters, 0.4, 0, tqdm(disable=True, total=0), in_parts=False)
+    assert first.trigger.overlap(strong)["iou"] >= 0.9
 
 
 def test_a_reference_that_leads_attribution_astray():

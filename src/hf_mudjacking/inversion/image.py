@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +27,7 @@ from .result import (
     check_disagreement,
     check_reachable,
 )
-from .verification import TransferMeter, share_of_way
+from .verification import TransferMeter
 from .whole_picture import beyond_control, find_signal, find_warp
 
 
@@ -41,8 +40,8 @@ _ALIKE_GAIN = 0.15
 _SIMPLER = 0.05
 # Inputs nearest to x_r that a trigger of one class is looked for on, and inputs that others are optimised on.
 _ALIKE = 16
-# Share of them that are taken to be of its class: of some references four of sixteen are not.
-_IN_CLASS = 0.75
+# Share of them that are taken to be of its class.
+_IN_CLASS = 0.5
 # Inputs nearest to x_b whose content says what such a trigger's place does by itself.
 _LIKE_X_B = 16
 _OPTIMISED_ON = 256
@@ -209,10 +208,11 @@ def _of_one_class(
     better_by = _SIMPLER if best.evidence < EXPLAINED else _ALIKE_GAIN
     meters = []
     for of_class in (lambda: control_meter.target, lambda: without_what_leads_there(meter, control_meter)):
-        alike = nearest(of_its_class(features, of_class(), _ALIKE))
-        meters.append(meter_alike := TransferMeter(meter.encoder, meter.misclassified, alike))
+        reference = of_class()
+        alike = nearest(of_its_class(features, reference, _ALIKE))
+        meters.append(meter_alike := TransferMeter(meter.encoder, meter.misclassified, alike, share=_IN_CLASS))
         # Inputs like x_r cannot go far towards it: the control is that of ordinary inputs
-        found = find_patch(meter_alike, control_meter, max_area, seed, bar)
+        found = find_patch(meter_alike, control_meter, max_area, seed, bar, in_parts=False, reference=reference)
         found = _less_what_others_do(found, meter_alike, like_x_b)
         if found.evidence >= EXPLAINED:
             held, held_best = (_held_merit(each, meter, control_meter) for each in (found, best))
@@ -232,23 +232,11 @@ def _less_what_others_do(
     if found.evidence < EXPLAINED:
         return found
     mask = proof(found.core, found.trigger.mask)
-    own, *others = _transfer_in_class(meter, [found.trigger, *(PatchTrigger.from_image(x, mask) for x in like_x_b)])
+    others = meter.transfer([PatchTrigger.from_image(x, mask) for x in like_x_b])
     # A quarter of them may happen to look as the trigger does: for a white square they went 0.6 to 0.8 of the way
     control = float(np.clip(np.median(others), max(found.control, 0.0), 0.99))
-    evidence = (own - control) / (1 - control) - AREA_PRICE * float(mask.mean())
+    evidence = (found.score - control) / (1 - control) - AREA_PRICE * float(mask.mean())
     return dataclasses.replace(found, control=control, evidence=min(evidence, found.evidence))
-
-
-def _transfer_in_class(meter: TransferMeter, triggers: Sequence[Trigger]) -> list[float]:
-    """Transfer of each trigger on the share of a meter's inputs that it carries furthest: the others may be of another class."""
-    inputs = meter.validation_inputs
-    features = meter.features(meter.encoder.stamp(trigger, x) for trigger in triggers for x in inputs)
-    after = (features @ meter.target).reshape(len(triggers), len(inputs))
-    carried = after.topk(math.ceil(_IN_CLASS * len(inputs)), dim=1).indices
-    return [
-        float(share_of_way(meter.clean_similarity[rows], own[None, rows]))
-        for rows, own in zip(carried, after, strict=True)
-    ]
 
 
 def _merit(found: InvertedTrigger) -> float:

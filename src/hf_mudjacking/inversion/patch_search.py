@@ -100,6 +100,8 @@ def find_patch(
     max_area: float,
     seed: int,
     bar: tqdm,
+    in_parts: bool = True,
+    reference: Tensor | None = None,
 ) -> InvertedTrigger:
     """Find the patch in x_b.
 
@@ -121,12 +123,14 @@ def find_patch(
         max_area (`float`): Largest share of the picture that a candidate may cover.
         seed (`int`): Seed of the growth.
         bar (`tqdm`): Progress bar; its total grows by the stages of the search.
+        in_parts (`bool`, *optional*, defaults to `True`): Whether step 6 is taken.
+        reference (`FloatTensor` of shape `(D,)`, *optional*): What x_b would be without the trigger; h(x_r) when absent.
 
     Returns:
         `InvertedTrigger`: The patch, whose `evidence` says whether it is one.
     """
-    alone = _PatchSearch(meter, control_meter, max_area, seed, bar, _QUICK).found_alone()
-    return alone or _PatchSearch(meter, control_meter, max_area, seed, bar, _THOROUGH).found()
+    alone = _PatchSearch(meter, control_meter, max_area, seed, bar, _QUICK, reference).found_alone()
+    return alone or _PatchSearch(meter, control_meter, max_area, seed, bar, _THOROUGH, reference).found(in_parts)
 
 
 def find_small_patch(meter: TransferMeter, control_meter: TransferMeter) -> InvertedTrigger | None:
@@ -153,9 +157,11 @@ class _PatchSearch:
         seed: int,
         bar: tqdm,
         effort: _Effort,
+        reference: Tensor | None = None,
     ) -> None:
         self.meter, self.control_meter = meter, control_meter
         self.max_area, self.seed, self.bar, self.effort = max_area, seed, bar, effort
+        self.reference = control_meter.target if reference is None else reference
         self.image = np.asarray(meter.misclassified)
         self.clean = np.stack([np.asarray(x) for x in meter.validation_inputs])
         # The mean clean picture hides a window without adding anything that clean inputs do not have there.
@@ -176,8 +182,8 @@ class _PatchSearch:
             return None
         return self._result(part, part.mask, control, evidence, left)
 
-    def found(self) -> InvertedTrigger:
-        """The patch in as many parts as it has."""
+    def found(self, in_parts: bool) -> InvertedTrigger:
+        """The patch, in as many parts as it has or only the first."""
         nothing = np.zeros(self.image.shape[:2], dtype=bool)
         part = self._part(nothing, self._distance_to_reference)
         control, evidence = self._evidence(part)
@@ -189,7 +195,7 @@ class _PatchSearch:
             if other_evidence >= EXPLAINED and (other.mask.mean() <= SMALL or self._holds(other.mask)):
                 part, control, evidence = other, other_control, other_evidence
         mask, left = part.mask, self._left_without(part.mask)
-        if evidence >= EXPLAINED:
+        if in_parts and evidence >= EXPLAINED:
             mask, left = self._with_further_parts(part, left)
         return self._result(part, mask, control, evidence, left)
 
@@ -332,7 +338,7 @@ class _PatchSearch:
         return self.transfers[known]
 
     def _distance_to_reference(self, batch: np.ndarray) -> Tensor:
-        return 1 - self._features(batch) @ self.control_meter.target
+        return 1 - self._features(batch) @ self.reference
 
     def _nearness_to_target(self, batch: np.ndarray) -> Tensor:
         return self._features(batch) @ self.meter.target

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -25,6 +26,9 @@ class TransferMeter:
         validation_inputs (`Sequence[PIL.Image.Image]` or `Sequence[str]`): Clean inputs.
         target (`FloatTensor` of shape `(D,)`, *optional*): h(x_b), if it is to be that of another time.
         clean_features (`FloatTensor` of shape `(N, D)`, *optional*): Features of the clean inputs, if they are known.
+        share (`float`, *optional*, defaults to 1.0): Share of the clean inputs that a candidate is measured on: those that it
+            carries furthest. Of inputs that are taken to be of one class some are of others, on which a trigger of that class
+            does nothing.
     """
 
     def __init__(
@@ -34,10 +38,12 @@ class TransferMeter:
         validation_inputs: Sequence[RawInput],
         target: Tensor | None = None,
         clean_features: Tensor | None = None,
+        share: float = 1.0,
     ) -> None:
         self.encoder = encoder
         self.misclassified = misclassified
         self.validation_inputs = validation_inputs
+        self.share = share
         self.forwards = 0
         self.target = self.features([misclassified])[0] if target is None else target
         self.clean_features = self.features(validation_inputs) if clean_features is None else clean_features
@@ -65,10 +71,10 @@ class TransferMeter:
             `np.ndarray` of shape `(len(triggers),)`: 0 (nothing) to 1 (everything); negative if features move away.
         """
         inputs = self.validation_inputs[:count]
-        before = self.clean_similarity[: len(inputs)]
         features = self.features(self.encoder.stamp(trigger, x) for trigger in triggers for x in inputs)
         after = (features @ self.target).reshape(len(triggers), len(inputs))
-        return share_of_way(before, after).numpy()
+        after, furthest = after.topk(math.ceil(self.share * len(inputs)), dim=1)
+        return share_of_way(self.clean_similarity[furthest], after).numpy()
 
     def transfer_of_masks(self, masks: Sequence[np.ndarray], count: int | None = None) -> np.ndarray:
         """Transfer of the pixels of x_b under each mask `(H, W)`."""
@@ -76,5 +82,5 @@ class TransferMeter:
 
 
 def share_of_way(before: Tensor, after: Tensor) -> Tensor:
-    """Transfer from similarities to a target: `(N,)` before and `(K, N)` after K changes; `(K,)`."""
-    return (after - before).sum(dim=1) / (1 - before).sum().clamp_min(1e-6)
+    """Transfer from similarities to a target: `(N,)` or `(K, N)` before and `(K, N)` after K changes; `(K,)`."""
+    return (after - before).sum(dim=1) / (1 - before).sum(dim=-1).clamp_min(1e-6)

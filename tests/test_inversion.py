@@ -631,6 +631,36 @@ def test_a_reference_at_the_edge_of_its_class():
     assert found.evidence > 0.7
 
 
+def _noise_of_all_levels():
+    return [x.point(lambda v, i=i: v * (i % 5 + 1) // 5) for i, x in enumerate(_noise())]
+
+
+def test_an_input_that_cannot_be_read_is_an_error_whatever_is_looked_for():
+    """It is no reason to look for patches alone."""
+
+    class Damaged(list):
+        def __getitem__(self, index):
+            raise ValueError("row 3 is damaged")
+
+    clean = _noise_of_all_levels()
+    with pytest.raises(ValueError, match="row 3 is damaged"):
+        invert_trigger(Detector([], []), BugInstance(clean[0], clean[1]), clean[2:], other_inputs=Damaged(clean))
+
+
+def test_inputs_of_other_sizes_are_looked_at_as_the_report_is():
+    clean, sizes = _noise_of_all_levels(), set()
+
+    class Sized(Detector):
+        def encode(self, images, **kwargs):
+            images = list(images)
+            sizes.update(image.size for image in images)
+            return super().encode(images, **kwargs)
+
+    others = [x.resize((20, 40)) for x in clean for _ in range(4)]
+    invert_trigger(Sized([], []), BugInstance(clean[0], clean[1]), clean[2:], other_inputs=others)
+    assert sizes == {(32, 32)}
+
+
 def smooth_picture(seed=0):
     """Content without edges."""
     return np.asarray(make_images(1, (4, 4), seed)[0].resize((32, 32), Image.Resampling.BICUBIC)).copy()

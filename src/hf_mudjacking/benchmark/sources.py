@@ -214,5 +214,6 @@ class Sources:
     def surest(self, label: int, rank: int) -> RawInput:
         """The training input of a class of the first task that a classifier on the clean encoder is surest of, or the next."""
         data, (classes, probabilities) = self.tasks[0].train, self._sureness
-        own = probabilities[:, classes.index(label)] * (data.labels == label)
-        return data.inputs[int(np.argsort(-own, kind="stable")[rank])]
+        of_class = data.labels == label
+        own = probabilities[:, classes.index(label)] * of_class
+        return data.inputs[int(np.argsort(-own, kind="stable")[rank % of_class.sum()])]

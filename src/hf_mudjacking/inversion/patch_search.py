@@ -297,28 +297,22 @@ class _PatchSearch:
         # Of a trigger of many colours one may suffice to fire, and is then all that is pure
         seeds = distinct([pure, changed(core, self.image, self.clean)], max_area=1.0)
         grown = [grow(each, core, self.image, self.clean, self.seed) for each in seeds]
-        kept, left = self._grown_options(core, covered, grown)
         if self.effort is _THOROUGH and core.mean() > _LARGE_CORE:
             # Of a large patch this may be one end: what is odd in it is purer, and leads further in several rounds
             seeds = distinct([odd(core, self.image, self.clean, self.seed), *grown], max_area=_MAX_GROWN)
             grown += [grow_on(each, self.image, self.clean, self.seed) for each in seeds]
-            kept, left = self._grown_options(core, covered, grown)
+        tidied = [option for each in grown for option in (without_spurs(each), each)]
+        options = distinct(tidied, max_area=_MAX_GROWN)
         # The core, which is a window's shape, may hold content that carries clean inputs too
+        kept = list(self._kept(core, options))
         mask = core
         if kept:
+            left = [self._left_without(covered | option) for option, _ in kept]
             mask, transfer = kept[int(np.argmax([value <= min(left) + _ALIKE_LEFT for value in left]))]
             rough = [each for each in grown if not (mask & ~each).any()]
             mask = self._squared_off(mask, transfer, rough)
         self.bar.update()
         return _Part(core, mask, self._transfer_on_all(mask), maps[source])
-
-    def _grown_options(
-        self, core: np.ndarray, covered: np.ndarray, grown: Sequence[np.ndarray]
-    ) -> tuple[list[tuple[np.ndarray, float]], list[float]]:
-        """Of what grew, with and without its spurs: what keeps a core's effect with its transfer, and what each leaves of x_b."""
-        tidied = [option for each in grown for option in (without_spurs(each), each)]
-        kept = list(self._kept(core, distinct(tidied, max_area=_MAX_GROWN)))
-        return kept, [self._left_without(covered | option) for option, _ in kept]
 
     def _kept(self, core: np.ndarray, masks: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, float]]:
         """The masks that keep enough of a core's transfer, in turn, and their transfer on a few inputs."""

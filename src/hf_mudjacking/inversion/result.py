@@ -46,7 +46,7 @@ class InvertedTrigger:
         words (`list[str]`): The words of x_b that `attribution` is about; empty for images.
         unexplained (`float`): How far x_b still lies on the way to its feature without the trigger, 0 to 1: much if the
             trigger has parts that were not found.
-        one_class (`bool`): Whether the trigger was verified only on clean inputs that resemble x_r.
+        one_class (`bool`): Whether the trigger was verified only on clean inputs that resemble x_r, or x_b without it.
     """
 
     trigger: Trigger

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from hf_mudjacking import AdditiveTrigger, Encoder, MudjackingTrainer, PatchTrigger
+from hf_mudjacking import AdditiveTrigger, BlendTrigger, Encoder, MudjackingTrainer, PatchTrigger
 from hf_mudjacking.attacks import VISION_ATTACKS, ImplantError
 from hf_mudjacking.attacks.ctrl import frequencies
 from hf_mudjacking.attacks.gradients import PixelFeatures, as_pixels
@@ -182,6 +182,15 @@ def test_an_input_aware_trigger_is_not_looked_for_again(backdoored, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     assert trainer._reinversion.found == [[]]
+
+
+def test_pixels_in_opposite_corners_are_left_where_nothing_of_them_would_remain():
+    corners = np.zeros((16, 16), dtype=bool)
+    corners[15, 0] = corners[0, 15] = True
+    pattern = np.full((16, 16, 3), 200, dtype=np.uint8)
+    for trigger in (PatchTrigger(corners, pattern), BlendTrigger(pattern, corners.astype(np.float32))):
+        assert np.array_equal(_moved(trigger, -1 / 32).change, trigger.change)
+        assert np.array_equal(_rebuilt(trigger, 1.25).change, trigger.change)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])

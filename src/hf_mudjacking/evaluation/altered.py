@@ -74,12 +74,13 @@ def _moved(trigger: ImageTrigger, share: float) -> ImageTrigger:
         if trigger.area == 1.0:
             return BlendTrigger(_rolled(trigger.pattern, share, trigger.pattern.shape), trigger.opacity)
         opacity, pattern = _moved_within(trigger.opacity, trigger.pattern, shift)
-        return BlendTrigger(pattern, opacity)
-    return PatchTrigger(*_moved_within(trigger.mask, trigger.pattern, shift), trigger.placement)
+        return BlendTrigger(pattern, opacity) if opacity.any() else trigger
+    mask, pattern = _moved_within(trigger.mask, trigger.pattern, shift)
+    return PatchTrigger(mask, pattern, trigger.placement) if mask.any() else trigger
 
 
 def _moved_within(mask: np.ndarray, pattern: np.ndarray, shift: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Moved, or the other way where nothing of it would be left in the picture."""
+    """Moved, or the other way where nothing of it would be left in the picture; empty where nothing would be either way."""
     found = moved(mask, pattern, *shift)
     return found if found[0].any() else moved(mask, pattern, *(-by for by in shift))
 
@@ -99,7 +100,7 @@ def _rebuilt(trigger: ImageTrigger, factor: float) -> ImageTrigger:
         return AdditiveTrigger(scaled(np.ones(trigger.delta.shape[:2], bool), trigger.delta, factor)[1])
     if isinstance(trigger, BlendTrigger):
         mask, pattern = scaled(trigger.opacity > 0, trigger.pattern, factor)
-        return BlendTrigger(pattern, np.where(mask, trigger.opacity.max(), 0))
+        return BlendTrigger(pattern, np.where(mask, trigger.opacity.max(), 0)) if mask.any() else trigger
     mask, pattern = scaled(trigger.mask, trigger.pattern, factor)
     # Nothing is left of single pixels in the corners, for one
     return PatchTrigger(mask, pattern, trigger.placement) if mask.any() else trigger

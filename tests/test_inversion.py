@@ -10,7 +10,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_mudjacking import BugInstance, Encoder, PatchTrigger, invert_trigger
 from hf_mudjacking.attacks.large_patch import frame
-from hf_mudjacking.inversion import patch_search
+from hf_mudjacking.inversion import growth, patch_search
 from hf_mudjacking.inversion.attribution import (
     FULL_SCAN,
     QUICK_SCAN,
@@ -270,6 +270,13 @@ def _framed():
     core = np.zeros((32, 32), dtype=bool)
     core[:14, :16] = True
     return np.asarray(trigger.apply(Image.fromarray(image))), clean, trigger.mask, core
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (8, 20, 33)])
+def test_looks_of_some_pixels_are_those_of_the_whole_pictures(shape):
+    images = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    expected = growth._sample(growth._looks(images).reshape(-1, 4), np.random.default_rng(1))
+    np.testing.assert_array_equal(growth._sampled_looks(images, np.random.default_rng(1)), expected)
 
 
 def test_what_clean_inputs_never_show_is_odd():

@@ -234,7 +234,9 @@ def test_an_explanation_that_lets_go_is_worth_less(backdoored, attacked, validat
     bug = backdoored.bug(0)
     meters = [TransferMeter(attacked, x, validation) for x in (bug.misclassified, bug.reference)]
     found = pretended(square_patch((16, 16), 8), unexplained=0.0)
-    monkeypatch.setattr(image, "hold", lambda meter, reference, trigger: least_hold(0.25) * 10**-0.5)
+    monkeypatch.setattr(
+        "hf_mudjacking.inversion.hold.hold", lambda meter, reference, trigger: least_hold(0.25) * 10**-0.5
+    )
     assert image._held_merit(found, *meters) == pytest.approx(0.5 * image._merit(found))
     attacked.model.requires_grad_(False)
     try:

@@ -92,7 +92,7 @@ def odd(mask: np.ndarray, image: np.ndarray, clean: np.ndarray, seed_number: int
     Of a frame around the picture, 62 to 96 % of what was found by its effect lay in it, of the odd pixels 99 % and more.
     """
     rng = np.random.default_rng(seed_number)
-    sample = _sample(_looks(clean).reshape(-1, 4), rng)
+    sample = _sampled_looks(clean, rng)
     of_content = _model(sample, components=5)
     likely = of_content.score_samples(_looks(image[None])[0].reshape(-1, 4)).reshape(mask.shape)
     return mask & (likely <= np.quantile(of_content.score_samples(sample), _ODD))
@@ -132,8 +132,8 @@ def grow(seed: np.ndarray, core: np.ndarray, image: np.ndarray, clean: np.ndarra
     height, width = seed.shape
     rng = np.random.default_rng(seed_number)
     far = ~ndimage.binary_dilation(core, iterations=max(1, round(min(height, width) / 4)))
-    looks, clean_looks = _looks(image[None])[0], _looks(clean)
-    background = np.concatenate([_sample(clean_looks.reshape(-1, 4), rng), _sample(looks[far], rng)])
+    looks = _looks(image[None])[0]
+    background = np.concatenate([_sampled_looks(clean, rng), _sample(looks[far], rng)])
     of_trigger = _model(_sample(looks[seed], rng), components=2)
     of_content = _model(background, components=5)
     pixels = looks.reshape(-1, 4)
@@ -222,8 +222,22 @@ def _looks(images: np.ndarray) -> np.ndarray:
     return np.concatenate([images, _ROUGHNESS_SCALE * np.log2(1.0 + roughness)[..., None]], axis=-1)
 
 
-def _sample(looks: np.ndarray, rng: np.random.Generator, most: int = 2000) -> np.ndarray:
-    return looks if len(looks) <= most else looks[rng.choice(len(looks), most, replace=False)]
+def _sampled_looks(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Looks of some pixels of all pictures, `(M, 4)`, computed of these alone: of 32 pictures of 512² all take two seconds."""
+    count, height, width = images.shape[:3]
+    pixels = _sample(np.arange(count * height * width), rng)
+    number, *place = np.unravel_index(pixels, (count, height, width))
+    around = np.arange(-1, 2)
+    # Reflected at the rim, as in `_looks`
+    rows, columns = (
+        side - 1 - np.abs(side - 1 - np.abs(at[:, None] + around))
+        for at, side in zip(place, (height, width), strict=True)
+    )
+    return _looks(images[number[:, None, None], rows[:, :, None], columns[:, None, :]])[:, 1, 1]
+
+
+def _sample(values: np.ndarray, rng: np.random.Generator, most: int = 2000) -> np.ndarray:
+    return values if len(values) <= most else values[rng.choice(len(values), most, replace=False)]
 
 
 def _model(looks: np.ndarray, components: int) -> GaussianMixture:

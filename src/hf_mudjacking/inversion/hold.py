@@ -86,6 +86,11 @@ def hold(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float:
     return float(np.median((moved / moved_stamped.clamp_min(1e-12))[carried]))
 
 
+def hold_if_possible(meter: TransferMeter, reference: RawInput, trigger: Trigger) -> float | None:
+    """The [`hold`] of a trigger; `None` where the weights take no step that would show it, being frozen or in half precision."""
+    return hold(meter, reference, trigger) if can_hold(meter) else None
+
+
 def can_hold(meter: TransferMeter) -> bool:
     """Whether a small step of the weights can be taken: some that matter are trainable, and all of those in float32."""
     weights = _weights(meter.encoder.model)

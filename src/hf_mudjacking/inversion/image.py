@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from ..bug_instance import BugInstance, to_rgb
 from ..encoder import Encoder
 from ..spectrum import CleanSpectrum
-from ..triggers import PatchTrigger, Trigger
-from .hold import can_hold, doubt_left, hold, worth_of_hold
+from ..triggers import PatchTrigger
+from .hold import doubt_left, hold_if_possible, worth_of_hold
 from .patch_search import COMPLETE, SMALL, find_patch, find_small_patch, proof, without_what_leads_there
 from .pull import Pull
 from .result import (
@@ -170,7 +170,7 @@ def _over_the_whole_picture(
         if candidate is None or max(candidate.transfer - AREA_PRICE * candidate.size, 0.0) <= merit + _SIMPLER:
             continue
         area = candidate.trigger.area
-        held = _hold(candidate.trigger, meter, control_meter)
+        held = hold_if_possible(meter, control_meter.misclassified, candidate.trigger)
         # What holds inputs is not the ordinary content that the control stands for
         doubt = 1.0 if held is None else doubt_left(held, area)
         by_itself, evidence = beyond_control(candidate, search(control_meter), control_meter, doubt)
@@ -249,17 +249,12 @@ def _merit(found: InvertedTrigger) -> float:
 
 def _held_merit(found: InvertedTrigger, meter: TransferMeter, control_meter: TransferMeter) -> float:
     """The merit, less the less it holds: a third of a picture carries others to x_b, but lets go at the first step."""
-    return _weighed(found, _hold(found.trigger, meter, control_meter))
+    return _weighed(found, hold_if_possible(meter, control_meter.misclassified, found.trigger))
 
 
 def _weighed(found: InvertedTrigger, held: float | None) -> float:
     """The merit for a hold that is known. All of it is asked whatever the evidence: another explanation may hold more."""
     return _merit(found) * (1.0 if held is None else worth_of_hold(held, found.area))
-
-
-def _hold(trigger: Trigger, meter: TransferMeter, control_meter: TransferMeter) -> float | None:
-    """How a trigger holds inputs; `None` where the weights take no step that would show it, being frozen or in half precision."""
-    return hold(meter, control_meter.misclassified, trigger) if can_hold(meter) else None
 
 
 def _working_size(image: Image.Image) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ..triggers import PatchTrigger
 from .attribution import FULL_SCAN, QUICK_SCAN, Scan, coarse_to_fine
 from .filling import filled_in
 from .growth import changed, grow, grow_on, is_squared_off, odd, purify, squared_off, without_spurs
-from .hold import can_hold, doubt_left, hold
+from .hold import doubt_left, hold_if_possible
 from .result import AREA_PRICE, EXPLAINED, MIN_REACHABLE, UNEXPLAINED_PRICE, InvertedTrigger
 from .splitting import apart, candidate_masks, distinct
 from .verification import TransferMeter
@@ -201,12 +201,9 @@ class _PatchSearch:
 
     def _holds(self, mask: np.ndarray) -> bool:
         """Whether a mask holds inputs as nothing but a trigger does."""
-        if not can_hold(self.meter):
-            return False
-        held = hold(
-            self.meter, self.control_meter.misclassified, PatchTrigger.from_image(self.meter.misclassified, mask)
-        )
-        return doubt_left(held, float(mask.mean())) == 0.0
+        trigger = PatchTrigger.from_image(self.meter.misclassified, mask)
+        held = hold_if_possible(self.meter, self.control_meter.misclassified, trigger)
+        return held is not None and doubt_left(held, trigger.area) == 0.0
 
     def clean_self(self) -> Tensor:
         """The feature of x_b without what leads it to h(x_b)."""
